@@ -1,0 +1,209 @@
+"""Fused ops: one definition, several ways to compute it.
+
+An op is stated once, as a plain PyTorch function (its *reference*), and then given faster ways to compute the same
+thing:
+
+    @fused_op("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
+    def rms_norm(x, weight, eps): ...                       # the reference: test oracle, shape rule, fallback
+
+    @rms_norm.fake
+    def _(x, weight, eps): ...                              # shapes and dtypes only
+
+    @rms_norm.implementation("triton", opaque=True, when=lambda target, x, *_: needs_cuda(target))
+    def _(x, weight, eps): ...
+
+A *transparent* implementation is traced into the compiled graph, where Inductor fuses it with its neighbours; an
+*opaque* one stays a single call. Implementations are tried in the order in which they were declared; the first whose
+`when` gives no objection is used, and the reference is the last resort.
+
+The overload is named after a hash of the file that defines the op: AOTAutograd's cache keys on the op's name and would
+otherwise return the gradient, shape rule or kernel of an older version of the file after an edit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "fxopt"
+
+When = Callable[..., "str | None"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how a fused op will run; what an implementation's `when` decides on."""
+
+    device: torch.device
+    training: bool = False  # gradients will flow through the op
+    compiled: bool = True  # Inductor compiles the rest of the graph; False: it runs op by op
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a fused op. `when(target, *args)` returns an objection in words, or None."""
+
+    name: str  # "sdpa", "triton", "aten", "decomposed" or "reference"
+    run: Callable[..., Any]  # same arguments and results as the op
+    opaque: bool = False
+    when: When | None = None
+
+    def objection(self, target: Target, *args: Any) -> str | None:
+        """Why this implementation can't serve these arguments there, or None."""
+        return self.when(target, *args) if self.when is not None else None
+
+
+@dataclass
+class FusedOp:
+    """A fused op: reference, fake, implementations. Call it, or ask for one implementation with `run`."""
+
+    name: str
+    reference: Callable[..., Any]
+    overload: torch._ops.OpOverload
+    implementations: list[Implementation] = field(default_factory=list)
+    _library: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the op through the dispatcher (one node in a traced graph)."""
+        return self.overload(*args, **kwargs)
+
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """All arguments of a call, in order, defaults filled in."""
+        bound = inspect.signature(self.reference).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+    def implementation(
+        self, name: str, *, opaque: bool = False, when: When | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Declare a way to compute the op. Order of declaration is order of preference."""
+
+        def declare(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.implementations.append(Implementation(name, run, opaque, when))
+            return run
+
+        return declare
+
+    def fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Declare the shape rule: takes fake tensors, returns empty ones of the result's shape, dtype and strides."""
+        torch.library.register_fake(self._qualified_name, fn, lib=self._library, allow_override=True)
+        return fn
+
+    def select(self, target: Target, *args: Any) -> tuple[Implementation, list[tuple[str, str]]]:
+        """The implementation to use there, and (name, objection) of those passed over."""
+        passed_over = []
+        for candidate in self.implementations:
+            objection = candidate.objection(target, *args)
+            if objection is None:
+                return candidate, passed_over
+            passed_over.append((candidate.name, objection))
+        return Implementation("reference", self.reference), passed_over
+
+    def run(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one named implementation directly, whatever its `when` says (tests and benchmarks)."""
+        if implementation == "reference":
+            return self.reference(*args, **kwargs)
+        for candidate in self.implementations:
+            if candidate.name == implementation:
+                return candidate.run(*self.bind(*args, **kwargs))
+        known = ", ".join([i.name for i in self.implementations] + ["reference"])
+        raise ValueError(f"{self.name} has no implementation {implementation!r}; it has {known}")
+
+    @property
+    def _qualified_name(self) -> str:
+        return f"{NAMESPACE}::{self.name}.{self.overload._overloadname}"
+
+    def _execute(self, *args: Any, **kwargs: Any) -> Any:
+        args = self.bind(*args, **kwargs)
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        chosen, _ = self.select(Target(device=device, compiled=False), *args)
+        result = chosen.run(*args)
+        return result
+
+    def _backward(self, ctx: Any, *grads: Any) -> Any:
+        """Gradients of the reference, recomputed from the saved inputs."""
+        args = ctx.fxopt_args(ctx.saved_tensors)
+        wanted = [
+            i for i, a in enumerate(args) if isinstance(a, Tensor) and ctx.needs_input_grad[i] and a.is_floating_point()
+        ]
+        with torch.enable_grad():
+            fresh = list(args)
+            for i in wanted:
+                fresh[i] = args[i].detach().requires_grad_()
+            out = self.reference(*fresh)
+            outs = out if isinstance(out, (tuple, list)) else (out,)
+            pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [fresh[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+            )
+        result: list[Tensor | None] = [None] * len(args)
+        for i, grad in zip(wanted, found, strict=True):
+            result[i] = grad
+        return tuple(result)
+
+
+_OPS: dict[torch._ops.OpOverload, FusedOp] = {}
+
+
+def fused_op(schema: str, *, sources: Sequence[Path | str] = ()) -> Callable[[Callable[..., Any]], FusedOp]:
+    """Define the op `schema` ("name(arguments) -> results"); the decorated function is its reference.
+
+    `sources` are further files whose edits must make cached code stale (templates, shared kernels).
+    Raises ValueError where the schema's arguments and the reference's parameters differ in name or order.
+    """
+
+    def define(reference: Callable[..., Any]) -> FusedOp:
+        name, rest = schema.split("(", 1)
+        parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+        if [a.name for a in parsed.arguments] != list(inspect.signature(reference).parameters):
+            raise ValueError(f"the parameters of {reference.__qualname__} are not those of the schema {schema!r}")
+        overload_name = "v" + _source_hash(reference, sources)
+        library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        overload = getattr(getattr(torch.ops, NAMESPACE), name, None)
+        if overload is None or overload_name not in overload.overloads():
+            library.define(f"{name}.{overload_name}({rest}", tags=(torch.Tag.pt2_compliant_tag,))
+        overload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload_name)
+        op = FusedOp(name, reference, overload, _library=library)
+        library.impl(f"{name}.{overload_name}", op._execute, "CompositeExplicitAutograd", allow_override=True)
+        torch.library.register_autograd(op._qualified_name, op._backward, setup_context=_save_arguments, lib=library)
+        op.__doc__ = reference.__doc__
+        _OPS[overload] = op
+        return op
+
+    return define
+
+
+def find_op(target: Any) -> FusedOp | None:
+    """The fused op behind a graph node's target, or None."""
+    return _OPS.get(target)
+
+
+def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [a for a in inputs if isinstance(a, Tensor)]
+    where = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
+    rest = [None if isinstance(a, Tensor) else a for a in inputs]
+
+    def restore(saved: Sequence[Tensor]) -> list[Any]:
+        args = list(rest)
+        for i, tensor in zip(where, saved, strict=True):
+            args[i] = tensor
+        return args
+
+    ctx.save_for_backward(*tensors)
+    ctx.fxopt_args = restore
+
+
+def _source_hash(reference: Callable[..., Any], sources: Sequence[Path | str]) -> str:
+    digest = hashlib.sha256()
+    defining = inspect.getsourcefile(reference)
+    for path in [defining, __file__, *sources]:
+        if path is not None and Path(path).is_file():
+            digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,118 @@
+"""What a fusion is: a small class that says what to look for, when it is valid, and what to put in its place."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from fxopt.graph.scope import Scope
+    from fxopt.match.match import Match
+    from fxopt.match.miss import Miss
+
+
+class Precision(enum.Enum):
+    """How close a rewrite's result is to the original's."""
+
+    BITWISE = "bitwise"  # the same floating-point operations in the same order
+    ROUNDING = "rounding"  # the same mathematics in another rounding order; error bounded against float64
+    APPROXIMATE = "approximate"  # other mathematics; off unless asked for
+
+
+@dataclass(frozen=True)
+class Example:
+    """A program that the fusion must find (or, with `refused`, must refuse for a reason containing that text).
+
+    `program` is a function or module of tensors; `inputs` makes fresh random inputs at each call.
+    """
+
+    program: Any
+    inputs: Any
+    sites: int = 1
+    refused: str | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Fusion(ABC):
+    """Base class of fusions and raising rules. Subclass it as a frozen dataclass; its fields are its options.
+
+    A subclass says where to begin (`anchors`), what it found there (`find`), whether that is valid (`check`) and what
+    replaces it (`rewrite`). `PatternFusion` derives the first two from a pattern written in plain PyTorch.
+    The class docstring's first line is shown to users: state the rewrite as `before -> after`.
+    """
+
+    precision: ClassVar[Precision] = Precision.ROUNDING
+    #: "raise" brings spelled-out forms back to one op (undone where nothing fuses the result); "fuse" makes fused ops
+    stage: ClassVar[str] = "fuse"
+    #: ops at which a search begins: overloads or packets
+    anchors: ClassVar[tuple[Any, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        """The name used in options and reports: the class name in snake case without a leading "Fuse"."""
+        plain = type(self).__name__.removeprefix("Fuse")
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", plain).lower()
+
+    @abstractmethod
+    def find(self, node: Node, scope: Scope) -> Match | Miss | None:
+        """What begins at anchor `node`: a match, a near miss with its reason, or None (nothing like it here)."""
+
+    def check(self, match: Match) -> Miss | None:
+        """Why the match must not be rewritten, or None. The framework checks legality by itself."""
+        return None
+
+    @abstractmethod
+    def rewrite(self, match: Match) -> Node | tuple[Node, ...]:
+        """Make the replacement with `match.call(...)`; return one node for each of `match.outputs`."""
+
+    def examples(self) -> Iterable[Example]:
+        """Programs that this fusion must find or refuse; the conformance tests are made from them."""
+        return ()
+
+    def adversaries(self, match: Match) -> Iterator[dict[str, torch.Tensor]]:
+        """Hostile values for some of the match's variables (by name), tried by the verifier besides random ones."""
+        return iter(())
+
+    @property
+    def location(self) -> str:
+        """file:line of the class, shown beside every node that it makes."""
+        try:
+            line = inspect.getsourcelines(type(self))[1]
+            return f"{inspect.getsourcefile(type(self))}:{line}"
+        except (OSError, TypeError):
+            return type(self).__module__
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verification found about one application of a fusion."""
+
+    status: str  # "equal" | "meta" (shapes and dtypes only) | "unchecked" (over budget or not possible) | "failed"
+    detail: str = ""
+    error: float | None = None  # largest error relative to the original's own, where numbers were compared
+
+
+@dataclass(frozen=True)
+class Step:
+    """One application of a fusion, for the report (strings and numbers only: it outlives the graph)."""
+
+    fusion: str
+    rule: str  # file:line of the fusion
+    op: str  # name of the op that was put in
+    replaced: tuple[str, ...]  # names of the nodes replaced
+    made: tuple[str, ...]  # names of the nodes made
+    sources: tuple[str, ...]  # the user's source lines of the replaced nodes, without repetition
+    module: str | None  # the nn.Module that they came from
+    microseconds: float
+    verdict: Verdict
+    applied: bool = True  # False: undone, and why is in the verdict
+    tags: dict[str, Any] = field(default_factory=dict)
