@@ -1,3 +1,115 @@
-"""A graph prepared for matching: positions, aliases, writes and barriers, each computed once and asked cheaply."""
+"""A graph prepared for matching: which nodes write, what aliases what, and where nothing may be moved across.
+
+Everything here is asked once a match and must not grow with the graph: writes and barriers are few and kept sorted, and
+the order of two nodes is read off the nodes themselves, so inserting a node invalidates nothing.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
+
+from fxopt.graph.query import is_mutable, users, val
+
+StorageId = int
+
+#: functions without a schema that change nothing but the order in which things may run
+_PURE_PYTHON = {"getitem"}
+
+
+def storages(node: Any) -> frozenset[StorageId]:
+    """The storages that a node's value lives in. Views share the storage of their base, also among fake tensors."""
+    found = set()
+    for leaf in tree_leaves(val(node)):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            found.add(leaf.untyped_storage()._cdata)
+    return frozenset(found)
+
+
+def written_arguments(node: Node) -> list[Node]:
+    """The nodes whose values `node` writes to, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written: list[Node] = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        written += [leaf for leaf in tree_leaves(given) if isinstance(leaf, Node)]
+    return written
+
+
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def is_barrier(node: Node) -> bool:
+    """Whether nothing may be moved across the node: grad-mode switches, higher-order ops, unknown functions."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.op != "call_function":
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return (
+        getattr(node.target, "__name__", "") not in _PURE_PYTHON
+        and any(isinstance(leaf, Tensor) for leaf in tree_leaves(val(node)))
+    ) or getattr(node.target, "__module__", "") == "torch._C"
+
+
+class Scope:
+    """A graph with its writes and barriers, as fusions and the legality check see it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.writes: list[tuple[Node, frozenset[StorageId]]] = []
+        self.barriers: list[Node] = []
+        for node in graph.nodes:
+            written = written_arguments(node)
+            if written:
+                self.writes.append((node, frozenset().union(*(storages(w) for w in written))))
+            if is_barrier(node):
+                self.barriers.append(node)
+
+    def users(self, node: Node) -> list[Node]:
+        """The nodes that use `node`, without those kept only to undo a raised form."""
+        return users(node)
+
+    def find(self, targets: Iterable[Any]) -> Iterator[Node]:
+        """The nodes that call one of `targets` (overloads or packets), in graph order."""
+        overloads: list[Any] = []
+        for target in targets:
+            if isinstance(target, torch._ops.OpOverloadPacket):
+                overloads += [getattr(target, name) for name in target.overloads()]
+            else:
+                overloads.append(target)
+        found = [n for o in overloads for n in self.graph.find_nodes(op="call_function", target=o, sort=False)]
+        return iter(sorted(set(found)))
+
+    def write_between(self, first: Node, last: Node, touched: frozenset[StorageId]) -> Node | None:
+        """A node strictly between the two that writes to one of the storages, or None."""
+        for node, written in self.writes:
+            if first < node < last and written & touched:
+                return node
+        return None
+
+    def barrier_between(self, first: Node, last: Node) -> Node | None:
+        """A node strictly between the two across which nothing may be moved, or None."""
+        for node in self.barriers:
+            if first < node < last:
+                return node
+        return None
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether running the node once, at any place, is all that can be observed of it."""
+        return not (is_mutable(node) or is_random(node) or is_barrier(node)) and node.op in (
+            "call_function",
+            "get_attr",
+        )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.traceback import NodeSource, NodeSourceAction
-from torch.utils._pytree import tree_map
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.graph.query import val
 
@@ -29,6 +30,7 @@ class Match:
     bindings: dict[str, Any]
     tags: dict[str, Any] = field(default_factory=dict)
     made: list[Node] = field(default_factory=list)  # filled by `call`
+    insert_before: Node | None = None  # where the replacement stands; settled by the legality check
 
     def __getitem__(self, name: str) -> Any:
         return self.bindings[name]
@@ -47,33 +49,24 @@ class Match:
         return self.outputs[0].graph
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        """Insert a call before the match's first output and give it its fake value.
+        """Insert a call where the replacement stands and give it its fake value.
 
-        `target` is an ATen overload or a fused op. The node's place in the graph is settled by the rewriter, which
-        also writes its provenance.
+        `target` is an ATen overload or a fused op. The rewriter writes the node's provenance.
         """
         function = getattr(target, "overload", target)
         graph = self.graph
-        with graph.inserting_before(_last(self.outputs)):
+        with graph.inserting_before(self.insert_before or max(self.outputs)):
             node = graph.call_function(function, args, kwargs)
         values = tree_map(val, (args, kwargs))
-        mode = _fake_mode(values) or _fake_mode([n.meta.get("val") for n in self.nodes])
-        with mode:
+        with self.fake_mode():
             node.meta["val"] = function(*values[0], **values[1])
         self.made.append(node)
         return node
 
+    def fake_mode(self) -> Any:
+        """The mode of the fake values around the match, as a context in which their ops run."""
+        return detect_fake_mode(tree_leaves([val(node) for node in self.nodes])) or contextlib.nullcontext()
+
     def item(self, node: Node, index: int) -> Node:
         """Result `index` of a node with several results."""
         return self.call(operator.getitem, node, index)
-
-
-def _last(nodes: Iterable[Node]) -> Node:
-    return max(nodes, key=lambda n: n)  # fx nodes compare by position in the graph
-
-
-def _fake_mode(values: Any) -> Any:
-    from torch._guards import detect_fake_mode
-    from torch.utils._pytree import tree_leaves
-
-    return detect_fake_mode(tree_leaves(values))

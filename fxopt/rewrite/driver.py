@@ -1,0 +1,239 @@
+"""Running fusions over a graph: raise, fuse, to a fixpoint; every application checked, recorded and undoable.
+
+One application is: find -> legality -> the fusion's own check -> make the replacement beside the original -> compare
+shapes and dtypes -> verify numbers -> only then let the users see the replacement. Whatever fails before the last step
+erases the replacement, and the graph is as it was.
+
+Raised forms (stage "raise") keep their original nodes in the graph as shadows; what no fusion consumed is undone at the
+end, so a model gets its own arithmetic back, bit for bit, wherever nothing was gained.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.traceback import NodeSource, NodeSourceAction
+
+from fxopt.graph.query import SHADOW, module_path, source_line
+from fxopt.graph.scope import Scope
+from fxopt.match.legality import illegality
+from fxopt.match.match import Match
+from fxopt.match.miss import Miss, NearMiss
+from fxopt.ops import find_op
+from fxopt.rewrite.fusion import Fusion, Step, Verdict
+from fxopt.rewrite.meta_check import check_meta
+from fxopt.rewrite.verify import Verifier
+
+log = logging.getLogger(__name__)
+
+#: sweeps over all fusions before the driver stops looking for more (a pair of rules that undo each other ends here)
+MAX_SWEEPS = 8
+
+#: meta key of a node made by a fusion
+PROVENANCE = "fxopt"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Provenance of a node that a fusion made."""
+
+    fusion: str
+    rule: str  # file:line of the fusion
+    replaced: tuple[str, ...]  # names of the nodes it stands for
+    sources: tuple[str, ...]  # the user's source lines of those nodes
+    module: str | None  # the nn.Module that they came from
+    verdict: Verdict
+
+
+@dataclass
+class Outcome:
+    """What the fusions did to one graph."""
+
+    steps: list[Step] = field(default_factory=list)
+    misses: list[NearMiss] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"match": 0.0, "rewrite": 0.0, "verify": 0.0})
+
+    @property
+    def fused(self) -> int:
+        """Number of applications that stand."""
+        return sum(step.applied for step in self.steps)
+
+
+def run_fusions(module: GraphModule, fusions: Iterable[Fusion], verifier: Verifier) -> Outcome:
+    """Apply `fusions` to the normalised graph of `module`, in place, to a fixpoint."""
+    return _Driver(module.graph, list(fusions), verifier).run()
+
+
+class _Driver:
+    def __init__(self, graph: Graph, fusions: list[Fusion], verifier: Verifier) -> None:
+        self.graph = graph
+        self.fusions = fusions
+        self.verifier = verifier
+        self.scope = Scope(graph)
+        self.outcome = Outcome()
+        self.raised: list[tuple[int, Match, tuple[Node, ...]]] = []  # (index of its step, match, what replaced it)
+        self.misses: dict[tuple[str, Node], Miss] = {}
+        self.given_up: set[tuple[str, Node]] = set()  # (fusion, anchor) whose rewrite failed: not tried again
+
+    def run(self) -> Outcome:
+        for stage in ("raise", "fuse"):
+            self._to_fixpoint([f for f in self.fusions if f.stage == stage])
+        self._undo_unused_raises()
+        self.graph.lint()
+        best: dict[tuple[str, Node], Miss] = {k: m for k, m in self.misses.items() if k[1].graph is self.graph}
+        alive = set(self.graph.nodes)
+        near = [NearMiss.of(name, anchor, miss) for (name, anchor), miss in best.items() if anchor in alive]
+        self.outcome.misses = sorted(near, key=lambda m: (-m.progress, m.fusion, m.anchor))
+        return self.outcome
+
+    def _to_fixpoint(self, fusions: Sequence[Fusion]) -> None:
+        for _ in range(MAX_SWEEPS):
+            before = self.outcome.fused
+            for fusion in fusions:
+                self._sweep(fusion)
+            if self.outcome.fused == before:
+                return
+        if fusions:
+            log.warning("fusions still applied after %d sweeps; stopped there", MAX_SWEEPS)
+
+    def _sweep(self, fusion: Fusion) -> None:
+        for anchor in self.scope.find(fusion.anchors):
+            key = (fusion.name, anchor)
+            if key in self.given_up or anchor.meta.get(SHADOW) or anchor._erased:
+                continue
+            start = time.perf_counter()
+            match = self._match(fusion, anchor)
+            self.outcome.seconds["match"] += time.perf_counter() - start
+            if isinstance(match, Match):
+                self.misses.pop(key, None)
+                self._apply(fusion, anchor, match, start)
+            elif isinstance(match, Miss):
+                self.misses[key] = match
+
+    def _match(self, fusion: Fusion, anchor: Node) -> Match | Miss | None:
+        try:
+            found = fusion.find(anchor, self.scope)
+            if not isinstance(found, Match):
+                return found
+            return illegality(found, self.scope) or fusion.check(found) or found
+        except Exception as error:  # a fusion's own code can raise anything; the model must still run
+            log.warning("fusion %s failed while matching at %s: %s", fusion.name, anchor.name, error, exc_info=True)
+            self.given_up.add((fusion.name, anchor))
+            return Miss(f"the fusion raised {type(error).__name__}: {error}", anchor)
+
+    def _apply(self, fusion: Fusion, anchor: Node, match: Match, start: float) -> None:
+        began = time.perf_counter()
+        try:
+            made = fusion.rewrite(match)
+            replacements = made if isinstance(made, tuple) else (made,)
+            verdict = _compare(match, replacements)
+        except Exception as error:
+            log.warning("fusion %s failed while rewriting at %s: %s", fusion.name, anchor.name, error, exc_info=True)
+            replacements, verdict = (), Verdict("failed", f"the fusion raised {type(error).__name__}: {error}")
+        checked = time.perf_counter()
+        if verdict.status != "failed":
+            verdict = self.verifier.verify(fusion, match, replacements)
+        verified = time.perf_counter()
+        applied = verdict.status != "failed" and not (verdict.status == "unchecked" and self.verifier.level == "strict")
+        step = _describe(fusion, match, replacements, verdict, applied)
+        if applied:
+            _annotate(fusion, match, step)
+            self._commit(fusion, match, replacements)
+        else:
+            self._undo(match)
+            self.given_up.add((fusion.name, anchor))
+            log.warning("undid %s at %s: %s", fusion.name, anchor.name, verdict.detail)
+        done = time.perf_counter()
+        object.__setattr__(step, "microseconds", (done - start - (verified - checked)) * 1e6)
+        self.outcome.steps.append(step)
+        self.outcome.seconds["rewrite"] += (checked - began) + (done - verified)
+        self.outcome.seconds["verify"] += verified - checked
+
+    def _commit(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> None:
+        if fusion.stage == "raise":
+            for node in match.nodes:
+                node.meta[SHADOW] = True
+            self.raised.append((len(self.outcome.steps), match, replacements))
+        for old, new in zip(match.outputs, replacements, strict=True):
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in match.nodes)
+        if fusion.stage != "raise":
+            self._erase_dead(match.nodes)
+
+    def _undo(self, match: Match) -> None:
+        for node in reversed(match.made):
+            self.graph.erase_node(node)
+
+    def _undo_unused_raises(self) -> None:
+        for index, match, replacements in reversed(self.raised):
+            for node in match.nodes:
+                node.meta.pop(SHADOW, None)
+            if any(new.users for new in replacements):
+                for old, new in zip(match.outputs, replacements, strict=True):
+                    new.replace_all_uses_with(old)
+                step = self.outcome.steps[index]
+                object.__setattr__(step, "applied", False)
+                object.__setattr__(step, "verdict", Verdict(step.verdict.status, "undone: nothing fused the result"))
+            self._erase_dead(match.made)
+            self._erase_dead(match.nodes)
+
+    def _erase_dead(self, nodes: Iterable[Node]) -> None:
+        """Erase the pure ones of `nodes` that nothing uses, and then what only they used."""
+        work = sorted(nodes)
+        while work:
+            node = work.pop()
+            if node._erased or node.users or not self.scope.is_pure(node):
+                continue
+            work += sorted(node.all_input_nodes)
+            self.graph.erase_node(node)
+
+
+def _compare(match: Match, replacements: tuple[Node, ...]) -> Verdict:
+    if len(replacements) != len(match.outputs):
+        return Verdict("failed", f"{len(match.outputs)} values to replace, {len(replacements)} replacements made")
+    known = {n for n in match.bindings.values() if isinstance(n, Node)} | set(match.made)
+    known |= {source for node in match.nodes for source in node.all_input_nodes}
+    for made in match.made:
+        for source in made.all_input_nodes:
+            if source not in known:
+                return Verdict("failed", f"the replacement reads {source.name}, which the match did not name")
+    for old, new in zip(match.outputs, replacements, strict=True):
+        difference = check_meta(old, new)
+        if difference is not None:
+            return Verdict("failed", f"{new.name} in place of {old.name}: {difference}")
+    return Verdict("meta")
+
+
+def _describe(fusion: Fusion, match: Match, replacements: tuple[Node, ...], verdict: Verdict, applied: bool) -> Step:
+    ordered = sorted(match.nodes)
+    lines = dict.fromkeys(line for line in map(source_line, ordered) if line)
+    op = next((getattr(n.target, "__name__", str(n.target)) for n in match.made if find_op(n.target)), "")
+    return Step(
+        fusion=fusion.name,
+        rule=fusion.location,
+        op=op.split(".")[0],
+        replaced=tuple(n.name for n in ordered),
+        made=tuple(n.name for n in match.made),
+        sources=tuple(lines),
+        module=module_path(max(match.outputs)),
+        microseconds=0.0,
+        verdict=verdict,
+        applied=applied,
+        tags={k: str(v) for k, v in match.tags.items()},
+    )
+
+
+def _annotate(fusion: Fusion, match: Match, step: Step) -> None:
+    """Give the new nodes the stack trace, module and origin of what they replace."""
+    last = max(match.outputs)
+    rewrite = Rewrite(step.fusion, step.rule, step.replaced, step.sources, step.module, step.verdict)
+    origins = [NodeSource(n, f"fxopt.{fusion.name}", NodeSourceAction.REPLACE) for n in sorted(match.nodes)]
+    for node in match.made:
+        for key in ("stack_trace", "nn_module_stack", "seq_nr"):
+            if key in last.meta:
+                node.meta[key] = last.meta[key]
+        node.meta["from_node"] = origins
+        node.meta[PROVENANCE] = rewrite
