@@ -1,0 +1,126 @@
+"""What the Triton kernels share: whether Triton can run here, strides of rows, and the registry of compile examples.
+
+Kernels are declared with `jit` from this module, so that a kernel file imports where Triton is not installed:
+
+    from fxopt.kernels._triton import CompileExample, jit, tl
+
+    @jit
+    def _kernel(x, y, n, BLOCK: tl.constexpr): ...
+
+A file that declares kernels also exposes `COMPILE_EXAMPLES`, a tuple of `CompileExample`: for every kernel at least one
+typical specialisation. tests/kernels/test_compile_targets.py collects them from all of `fxopt.kernels` and compiles
+each for sm_80, sm_90 and sm_100, which takes no GPU:
+
+    COMPILE_EXAMPLES = (
+        CompileExample("copy, bf16", _kernel, {"x": "*bf16", "y": "*bf16", "n": "i32"}, {"BLOCK": 1024}, num_warps=4),
+    )
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fxopt.ops import Target
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU-only PyTorch and platforms other than Linux
+    triton = None
+    tl = None
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class CompileExample:
+    """One specialisation of a kernel to compile for every supported architecture without a GPU.
+
+    `signature` gives the Triton type of every run-time argument ("*bf16" a pointer, "i32", "fp32"; pointers are taken to
+    be 16-byte aligned), `constexprs` the values of all the others. `max_spills` is the most 4-byte registers that a
+    thread may spill.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    max_spills: int = 0
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function itself where Triton is missing (it is then never launched: see `needs_gpu`)."""
+    return triton.jit(fn) if triton is not None else fn
+
+
+def needs_gpu(target: Target) -> str | None:
+    """Why a Triton kernel can't run on `target`, in words, or None."""
+    if triton is None:
+        return "Triton is not installed"
+    if target.device.type != "cuda":
+        return f"a Triton kernel needs a CUDA device, not {target.device.type}"
+    if target.training:
+        return "the Triton kernel has no backward; gradients are needed"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(target.device) < (8, 0):
+        return "the Triton kernel needs compute capability 8.0 or later"
+    return None
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for n below 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """`x` [..., n] as rows that a kernel can address: (x or a copy, inner, outer stride, inner stride).
+
+    Row r begins at element (r // inner) * outer_stride + (r % inner) * inner_stride; the last dimension is dense. Only
+    an `x` whose leading dimensions don't fold into two, or whose last dimension is strided, is copied.
+    """
+    folded = _fold_rows(x)
+    if folded is None:
+        x = x.contiguous()
+        folded = _fold_rows(x)
+        assert folded is not None
+    return (x, *folded)
+
+
+def _fold_rows(x: Tensor) -> tuple[int, int, int] | None:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    dims: list[tuple[int, int]] = []  # (size, stride), outermost first, merged where one continues the other
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return None
+    inner_size, inner_stride = dims.pop() if dims else (1, 0)
+    return inner_size, dims[0][1] if dims else 0, inner_stride
+
+
+def compile_examples() -> Iterator[tuple[str, CompileExample]]:
+    """(module, example) for every example of every file of `fxopt.kernels`."""
+    folder = Path(__file__).parent
+    for module in sorted(info.name for info in pkgutil.iter_modules([str(folder)])):
+        for example in getattr(import_module(f"fxopt.kernels.{module}"), "COMPILE_EXAMPLES", ()):
+            yield module, example
