@@ -6,6 +6,7 @@ the order of two nodes is read off the nodes themselves, so inserting a node inv
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,9 +18,6 @@ from torch.utils._pytree import tree_leaves
 from fxopt.graph.query import is_mutable, users, val
 
 StorageId = int
-
-#: functions without a schema that change nothing but the order in which things may run
-_PURE_PYTHON = {"getitem"}
 
 
 def storages(node: Any) -> frozenset[StorageId]:
@@ -56,12 +54,11 @@ def is_barrier(node: Node) -> bool:
         return False
     if node.op != "call_function":
         return True
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
         return False
-    return (
-        getattr(node.target, "__name__", "") not in _PURE_PYTHON
-        and any(isinstance(leaf, Tensor) for leaf in tree_leaves(val(node)))
-    ) or getattr(node.target, "__module__", "") == "torch._C"
+    # Arithmetic on sizes is plain Python and pure; torch._C functions switch global state.
+    makes_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(val(node)))
+    return makes_tensors or getattr(node.target, "__module__", "") == "torch._C"
 
 
 class Scope:

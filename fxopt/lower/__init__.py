@@ -1,0 +1,1 @@
+"""What becomes of the rewritten graph: implementations of fused ops, Inductor, eager."""

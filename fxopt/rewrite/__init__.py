@@ -1,0 +1,1 @@
+"""Replacing subgraphs: fusions, the driver that applies them, plugins, verification."""

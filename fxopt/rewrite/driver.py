@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 #: sweeps over all fusions before the driver stops looking for more (a pair of rules that undo each other ends here)
 MAX_SWEEPS = 8
 
+#: meta key: the fake value that a fusion's result stands in for (the lowering gives its strides back where they matter)
+STANDS_FOR = "fxopt_stands_for"
+
 #: meta key of a node made by a fusion
 PROVENANCE = "fxopt"
 
@@ -159,6 +162,7 @@ class _Driver:
                 node.meta[SHADOW] = True
             self.raised.append((len(self.outcome.steps), match, replacements))
         for old, new in zip(match.outputs, replacements, strict=True):
+            new.meta[STANDS_FOR] = old.meta.get(STANDS_FOR, old.meta["val"])
             old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in match.nodes)
         if fusion.stage != "raise":
             self._erase_dead(match.nodes)
@@ -215,7 +219,7 @@ def _describe(fusion: Fusion, match: Match, replacements: tuple[Node, ...], verd
         fusion=fusion.name,
         rule=fusion.location,
         op=op.split(".")[0],
-        replaced=tuple(n.name for n in ordered),
+        replaced=tuple(name for n in ordered for name in _stands_for(n)),
         made=tuple(n.name for n in match.made),
         sources=tuple(lines),
         module=module_path(max(match.outputs)),
@@ -224,6 +228,12 @@ def _describe(fusion: Fusion, match: Match, replacements: tuple[Node, ...], verd
         applied=applied,
         tags={k: str(v) for k, v in match.tags.items()},
     )
+
+
+def _stands_for(node: Node) -> tuple[str, ...]:
+    """The nodes of the user's program behind a matched node: its own name, or what a raised node replaced."""
+    made_by = node.meta.get(PROVENANCE)
+    return made_by.replaced if made_by is not None else (node.name,)
 
 
 def _annotate(fusion: Fusion, match: Match, step: Step) -> None:

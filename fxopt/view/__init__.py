@@ -1,0 +1,1 @@
+"""What happened while a model was compiled, and why not: the recorder, the report and its forms."""

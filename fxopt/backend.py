@@ -1,0 +1,169 @@
+"""The backend: what `torch.compile(model, backend="fxopt")` calls for every graph that Dynamo captures.
+
+    Dynamo graph -> gate -> retrace -> canonicalise -> fuse (find, replace, verify) -> place -> Inductor
+
+A graph that the gate or the retrace turns away goes to Inductor as Dynamo made it, and the report says why. So does a
+graph in which nothing fused: fxopt then adds nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch.fx import GraphModule
+
+from fxopt.graph.canonical import canonicalise
+from fxopt.graph.gate import refusal
+from fxopt.graph.retrace import RetraceError, retrace
+from fxopt.lower.compile import compile_graph, gradients_flow, missing_compiler, run_eagerly
+from fxopt.lower.implementations import Choice, place_implementations
+from fxopt.options import Options
+from fxopt.rewrite import verdicts
+from fxopt.rewrite.driver import Outcome, run_fusions
+from fxopt.rewrite.fusion import Fusion, Precision, Verdict
+from fxopt.rewrite.plugins import fusions
+from fxopt.rewrite.verify import Verifier
+from fxopt.view.record import publish, recording
+from fxopt.view.report import GraphReport, Site
+
+log = logging.getLogger(__name__)
+
+_numbers = itertools.count()
+
+
+def fxopt(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured. `mode` and `options` are those given to torch.compile.
+
+    Raises fxopt.options.OptionError for an option that does not exist. Nothing else that goes wrong in fxopt itself
+    reaches the caller: the graph is then compiled as Dynamo made it, with a warning.
+    """
+    known = fusions()
+    chosen = Options.parse(mode, options, known)
+    report = GraphReport(name=f"graph {next(_numbers)}", nodes=len(module.graph.nodes))
+    report.lowering = f"inductor, mode={chosen.mode}"
+    try:
+        normal = _normalise(module, example_inputs, report)
+        fused = _fuse(normal, _selected(known, chosen), chosen, report) if normal is not None else None
+        if fused is not None:
+            return _lower(fused, example_inputs, chosen, report)
+    except torch._dynamo.exc.RestartAnalysis:
+        raise  # Dynamo is asked to capture again; this is not a failure
+    except Exception as error:
+        # Nothing of the user's is lost: the graph that Dynamo made is still there, untouched.
+        report.reason = f"{type(error).__name__}: {error}"
+        report.normalized, report.sites = False, []
+        log.warning("fxopt compiles %s as Dynamo made it: %s", report.name, report.reason, exc_info=True)
+    try:
+        return _compile(module, example_inputs, chosen, report)
+    finally:
+        publish(report)
+
+
+def reset() -> None:
+    """Forget what was learnt in this process (torch._dynamo.reset() calls this)."""
+    verdicts.forget()
+
+
+fxopt.reset = reset  # type: ignore[attr-defined]
+
+
+def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> GraphModule | None:
+    report.reason = refusal(module, example_inputs)
+    if report.reason is not None:
+        return None
+    try:
+        with _timed(report, "retrace"):
+            normal = retrace(module, example_inputs)
+    except RetraceError as error:
+        report.reason = str(error)
+        return None
+    with _timed(report, "canonicalise"):
+        canonicalise(normal)
+    report.normalized = True
+    if recording():
+        report.before = _text(normal)
+    return normal
+
+
+def _fuse(normal: GraphModule, selected: Sequence[Fusion], options: Options, report: GraphReport) -> GraphModule | None:
+    """The graph with its fusions applied, or None if there is nothing to gain from it."""
+    outcome: Outcome = run_fusions(normal, selected, Verifier(options.verify))
+    report.steps, report.misses = outcome.steps, outcome.misses
+    report.seconds |= outcome.seconds
+    return normal if outcome.fused else None
+
+
+def _lower(
+    fused: GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
+) -> Callable[..., Any]:
+    compiled = missing_compiler(example_inputs) is None
+    if recording():
+        report.after = _text(fused)
+    with _timed(report, "place"):
+        choices = place_implementations(fused, training=gradients_flow(example_inputs), compiled=compiled)
+    report.sites = [_site(choice) for choice in choices]
+    run = _compile(fused, example_inputs, options, report)
+    publish(report)
+    return run
+
+
+def _compile(
+    module: GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
+) -> Callable[..., Any]:
+    reason = missing_compiler(example_inputs)
+    with _timed(report, "lower"):
+        if reason is not None:
+            report.lowering = f"eager: {reason}"
+            return run_eagerly(module, reason)
+        return compile_graph(module, example_inputs, options)
+
+
+def _selected(known: Mapping[str, Fusion], options: Options) -> list[Fusion]:
+    """The fusions to run. Raising rules run with whatever is named in `fusions`: what they make is undone if unused."""
+    named = options.fusions
+    return [
+        fusion
+        for name, fusion in known.items()
+        if name not in options.disable
+        and (name in named if named is not None and fusion.stage == "fuse" else True)
+        and (fusion.precision is not Precision.APPROXIMATE or (named is not None and name in named))
+    ]
+
+
+def _site(choice: Choice) -> Site:
+    made_by = choice.provenance
+    return Site(
+        fusion=made_by.fusion if made_by else choice.op,
+        op=choice.op,
+        implementation=choice.implementation,
+        source=made_by.sources[-1] if made_by and made_by.sources else None,
+        module=made_by.module if made_by else None,
+        verdict=made_by.verdict if made_by else Verdict("unchecked"),
+        passed_over=choice.passed_over,
+    )
+
+
+def _text(module: GraphModule) -> str:
+    return module.print_readable(print_output=False)
+
+
+@contextlib.contextmanager
+def _timed(report: GraphReport, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,184 @@
+"""Canonicalisation: spellings that differ in nothing but spelling become one, so that patterns need few forms.
+
+Every rule keeps values and aliasing as they are: what is dropped returned its argument (or a view of all of it), what
+is renamed computes the same. A rule that would need more than that is a raising rule in `passes/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from fxopt.graph.query import arguments, is_reshape, is_tensor, permutation, val
+from fxopt.graph.scope import storages, written_arguments
+from fxopt.graph.symbols import same_shape
+
+aten = torch.ops.aten
+
+_VIEW_TO_RESHAPE = {aten.view.default, aten._unsafe_view.default}
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+_CASTING = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten.type_as.default}
+_EXPANDS = {aten.expand.default, aten.expand_as.default}
+
+
+def canonicalise(module: GraphModule) -> int:
+    """Bring the traced graph of `module` into canonical form, in place; the number of nodes changed."""
+    graph = module.graph
+    written = _written_storages(graph)
+    returned = set(graph.output_node().all_input_nodes)
+    changed = _scalar_constants(module)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        same = _identity(node, written)
+        if same is not None and node not in returned:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            changed += 1
+        elif node.target in _VIEW_TO_RESHAPE and not storages(node) & written:
+            # `view` insists on strides that a fused op upstream may not reproduce; `reshape` takes what it gets.
+            node.target = aten.reshape.default
+            changed += 1
+    changed += _functionalise(graph)
+    module.recompile()
+    return changed
+
+
+def _written_storages(graph: Graph) -> frozenset[int]:
+    written: set[int] = set()
+    for node in graph.nodes:
+        for argument in written_arguments(node):
+            written |= storages(argument)
+    return frozenset(written)
+
+
+def _identity(node: Node, written: frozenset[int]) -> Node | None:
+    """The argument that `node` is the same as, or None."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or not is_tensor(node) or not is_tensor(source):
+        return None
+    before, after = val(source), val(node)
+    if node.target is aten.alias.default:
+        return source
+    if node.target in _DROPOUTS:
+        given = arguments(node)
+        return source if given["train"] is False or given["p"] == 0 else None
+    if not _same_kind(before, after):
+        return None
+    if node.target in _CASTING:
+        return source if storages(node) == storages(source) else None
+    if node.target is aten.contiguous.default:
+        return source if storages(node) == storages(source) else None
+    if is_reshape(node) or node.target in _EXPANDS:
+        return source
+    if node.target is aten.slice.Tensor:
+        return source
+    if permutation(node) == tuple(range(before.dim())):
+        return source
+    if node.target is aten.mul.Tensor and _is_one(node.args[1]) and not storages(source) & written:
+        return source
+    return None
+
+
+def _same_kind(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.layout == b.layout and same_shape(a.shape, b.shape)
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 1
+
+
+def _scalar_constants(module: GraphModule) -> int:
+    """`torch.tensor(0.5)` in a program becomes a burned-in attribute and a copy of it: make it a `full` instead."""
+    changed = 0
+    for node in list(module.graph.nodes):
+        if node.target is not aten.lift_fresh_copy.default or node.args[0].op != "get_attr":
+            continue
+        constant = getattr(module, str(node.args[0].target), None)
+        if not isinstance(constant, Tensor) or type(constant) is not Tensor or constant.numel() != 1:
+            continue
+        if constant.device.type != "cpu" or constant.is_complex():
+            continue
+        with module.graph.inserting_before(node):
+            full = module.graph.call_function(
+                aten.full.default,
+                (list(constant.shape), constant.item()),
+                {"dtype": constant.dtype, "device": constant.device},
+            )
+        full.meta = dict(node.meta)
+        node.replace_all_uses_with(full)
+        attribute = node.args[0]
+        module.graph.erase_node(node)
+        if not attribute.users:
+            module.graph.erase_node(attribute)
+            delattr(module, str(attribute.target))
+        changed += 1
+    return changed
+
+
+def _functionalise(graph: Graph) -> int:
+    """`x.op_(...)` on a value that nothing else can see becomes `x = x.op(...)`.
+
+    Only where the storage holds nothing but the value and further in-place steps on all of it, each with a functional
+    form: no view of it exists, so nothing can observe the write.
+    """
+    changed = 0
+    homes: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for home in storages(node):
+            homes.setdefault(home, []).append(node)
+    for sharing in homes.values():
+        base, *steps = sharing
+        if not steps or base.op != "call_function" or not is_tensor(base) or written_arguments(base):
+            continue
+        if all(_functional_form(s) is not None and same_shape(val(s).shape, val(base).shape) for s in steps):
+            for step in steps:
+                _replace_in_place(graph, step)
+            changed += len(steps)
+    return changed
+
+
+def _functional_form(node: Node) -> Callable[..., Any] | None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not is_tensor(node):
+        return None
+    packet, overload = schema.name.split("::")[1], schema.overload_name or "default"
+    if not packet.endswith("_") or packet.endswith("__") or schema.name.split("::")[0] != "aten":
+        return None
+    tags = node.target.tags  # type: ignore[union-attr]
+    if (
+        torch.Tag.pointwise not in tags
+        or torch.Tag.nondeterministic_seeded in tags
+        or len(written_arguments(node)) != 1
+    ):
+        return None
+    return getattr(getattr(aten, packet[:-1], None), overload, None)
+
+
+def _replace_in_place(graph: Graph, node: Node) -> None:
+    target = node.args[0]
+    functional = _functional_form(node)
+    assert functional is not None
+    assert isinstance(target, Node)
+    before = val(node)
+    with graph.inserting_before(node):
+        made = graph.call_function(functional, node.args, node.kwargs)
+        made.meta = dict(node.meta)
+        values = [val(a) for a in made.args]
+        with before.fake_mode:
+            made.meta["val"] = functional(*values, **{k: val(v) for k, v in made.kwargs.items()})
+        if made.meta["val"].dtype != before.dtype:  # in-place arithmetic keeps its target's dtype
+            wide = made
+            made = graph.call_function(aten.to.dtype, (wide, before.dtype))
+            made.meta = dict(node.meta)
+            with before.fake_mode:
+                made.meta["val"] = wide.meta["val"].to(before.dtype)
+    later = [user for user in target.users if node < user]
+    for user in later:
+        user.replace_input_with(target, made)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)

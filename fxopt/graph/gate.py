@@ -1,0 +1,90 @@
+"""The soundness gate: which of Dynamo's graphs may be retraced at all.
+
+A second capture is silently wrong for some programs: a custom backward is dropped, autocast's casts vanish, a vmap
+region's tensors are burned in as constants. So the graph is walked first, and what can't be retraced is turned away
+with its reason; it then goes to the lowering stage untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.FakeTensor)
+
+
+def refusal(module: GraphModule, example_inputs: Sequence[Any]) -> str | None:
+    """Why Dynamo's graph `module` must not be retraced, in words, or None."""
+    return _ambient() or _inputs(example_inputs) or _attributes(module) or next(_nodes(module), None)
+
+
+def _ambient() -> str | None:
+    for device in _AUTOCAST_DEVICES:
+        if _autocast_enabled(device):
+            return f"autocast is on for {device}: its casts would be invisible to the retrace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform: its tensors would be burned in as constants"
+    return None
+
+
+def _autocast_enabled(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except RuntimeError:  # a device type that this build doesn't know
+        return False
+
+
+def _inputs(example_inputs: Sequence[Any]) -> str | None:
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    for tensor in tensors:
+        if tensor.is_nested:
+            return "an input is a nested tensor"
+        if tensor.layout != torch.strided:
+            return f"an input has the layout {str(tensor.layout).removeprefix('torch.')}"
+        if is_traceable_wrapper_subclass(tensor) or type(tensor) not in _PLAIN_TYPES:
+            return f"an input is a tensor subclass ({type(tensor).__name__})"
+        if tensor.is_quantized:
+            return f"an input is a quantized tensor ({tensor.dtype})"
+    return None
+
+
+def _attributes(module: GraphModule) -> str | None:
+    for name, _ in module.named_parameters():
+        return f"the graph holds the parameter {name} itself, not as an input"
+    return None
+
+
+def _nodes(module: GraphModule) -> Iterator[str]:
+    for node in module.graph.nodes:
+        reason = _node(node)
+        if reason is not None:
+            yield f"{reason} (at {node.name})"
+
+
+def _node(node: Node) -> str | None:
+    if node.op == "call_module":
+        return "a module is called as a whole"
+    if node.op == "call_method":
+        return None
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher-order op {target._name}"
+    name = getattr(target, "__name__", "")
+    home = getattr(target, "__module__", "") or ""
+    if name in ("_enter_autocast", "_exit_autocast"):
+        return "autocast inside the graph: the retrace would lose its casts"
+    if home.startswith(("torch._functorch", "torch._C._functorch")) or "functorch" in home:
+        return f"a torch.func transform ({name})"
+    if isinstance(target, type) and issubclass(target, torch.autograd.Function):
+        return f"the autograd function {name}: the retrace would drop its backward"
+    if isinstance(getattr(target, "__self__", None), type) and issubclass(target.__self__, torch.autograd.Function):
+        return f"the autograd function {target.__self__.__name__}: the retrace would drop its backward"
+    if name in ("_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable"):
+        return "saved-tensor hooks are switched inside the graph"
+    return None

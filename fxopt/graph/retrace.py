@@ -1,0 +1,215 @@
+"""Dynamo's graph, retraced into the normal form: ATen with composite ops whole, autograd still below.
+
+The retrace runs on fake tensors of the tracing context's own mode, never on the real inputs (those are the user's
+parameters and KV caches: running the graph on them would write to the caches). Every placeholder keeps its name and
+metadata, without which Inductor forgets which inputs are static and copies the weights in each CUDA-graph replay.
+
+Afterwards the trace is compared with Dynamo's own: dtypes, shapes, requires_grad, which outputs alias which inputs, and
+which inputs are written to. Any difference discards it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_leaves
+
+from fxopt.graph.scope import written_arguments
+from fxopt.graph.symbols import same_shape
+
+
+class RetraceError(Exception):
+    """The graph could not be retraced faithfully; the message says why."""
+
+
+def retrace(module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
+    """The normal form of Dynamo's graph `module`. Raises RetraceError where it would not be the same program."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    mode = _fake_mode(placeholders)
+    fakes = [_fake(p, x, mode) for p, x in zip(placeholders, example_inputs, strict=True)]
+    versions = [_version(f) for f in fakes]
+    results: list[Any] = []
+
+    def program(*inputs: Any) -> Any:
+        out = Interpreter(module).run(*inputs)
+        results[:] = [out]
+        return out
+
+    try:
+        with preserve_node_meta(), mode, _quiet_unbacked(mode):
+            traced = make_fx(
+                program, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
+            )(*fakes)
+    except Exception as error:
+        raise RetraceError(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from error
+    finally:
+        _unwind_functorch()
+
+    _carry_metadata(module, placeholders, traced)
+    written = {i for i, (f, v) in enumerate(zip(fakes, versions, strict=True)) if _version(f) != v}
+    difference = _burned_in(traced) or _difference(module, placeholders, traced, fakes, results[0], written)
+    if difference is not None:
+        raise RetraceError(difference)
+    return traced
+
+
+def _fake_mode(placeholders: Sequence[Node]) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    found = detect_fake_mode([p.meta.get("example_value") for p in placeholders])
+    return found or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fake(placeholder: Node, value: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, FakeTensor):
+        if value.fake_mode is not mode:
+            raise RetraceError(f"the input {placeholder.name} is a fake tensor of another mode")
+        return value
+    if isinstance(value, Tensor):
+        context = TracingContext.try_get()
+        symbolic = context.tensor_to_context.get(value) if context is not None else None
+        source = placeholder.meta.get("_dynamo_source") or getattr(placeholder, "_dynamo_source", None)
+        if symbolic is None:
+            return mode.from_tensor(value, static_shapes=True, source=source)
+        return mode.from_tensor(value, symbolic_context=symbolic, source=source)
+    return placeholder.meta.get("example_value", value)
+
+
+def _quiet_unbacked(mode: FakeTensorMode) -> Any:
+    """`.item()` makes unbacked symbols that the trace binds by itself."""
+    return mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
+
+
+def _version(value: Any) -> int:
+    if not isinstance(value, Tensor) or value.is_inference():
+        return 0
+    return value._version
+
+
+def _unwind_functorch() -> None:
+    """A trace that fails inside a transform leaves functorch's stack behind; later traces would be wrong."""
+    while torch._C._functorch.peek_interpreter_stack() is not None:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
+
+
+def _carry_metadata(module: GraphModule, old: Sequence[Node], traced: GraphModule) -> None:
+    traced.meta.update(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        traced._param_name_to_source = module._param_name_to_source
+    new = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for before, after in zip(old, new, strict=True):
+        value = after.meta.get("val")
+        after.meta.update(before.meta)
+        after.meta["val"] = value
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+        after.name = before.name
+        after.target = before.target
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            _name_constant(traced, node)
+    traced.recompile()
+
+
+def _name_constant(traced: GraphModule, node: Node) -> None:
+    """AOTAutograd asks every lifted constant for its source; those that the trace made have none yet."""
+    from torch._dynamo.source import ConstantSource
+
+    sources = getattr(traced, "_param_name_to_source", None)
+    value = getattr(traced, str(node.target), None)
+    if sources is not None and isinstance(value, Tensor):
+        sources.setdefault(str(node.target), ConstantSource(str(node.target)))
+    if isinstance(value, Tensor) and str(node.target) not in traced._buffers:
+        delattr(traced, str(node.target))
+        traced.register_buffer(str(node.target), value, persistent=False)
+    node.meta.setdefault("val", value)
+
+
+def _burned_in(traced: GraphModule) -> str | None:
+    for node in traced.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = getattr(traced, str(node.target), None)
+        if isinstance(value, GraphModule):
+            return f"the trace made a subgraph of its own ({node.target})"
+        if isinstance(value, FakeTensor) or (
+            isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+        ):
+            return f"the trace burned in a tensor of the tracing itself ({node.target})"
+    return None
+
+
+def _difference(
+    module: GraphModule,
+    placeholders: Sequence[Node],
+    traced: GraphModule,
+    fakes: Sequence[Any],
+    result: Any,
+    written: set[int],
+) -> str | None:
+    """How the trace differs from Dynamo's own account of the graph, or None."""
+    before = tree_leaves([_example(n) for n in tree_leaves(_output(module))])
+    after = tree_leaves(result)
+    if len(before) != len(after):
+        return f"the trace returns {len(after)} values, the graph {len(before)}"
+    homes_before = _homes([p.meta.get("example_value") for p in placeholders])
+    homes_after = _homes(fakes)
+    for i, (a, b) in enumerate(zip(before, after, strict=True)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        if a.dtype != b.dtype:
+            return f"output {i} is {b.dtype} in the trace, {a.dtype} in the graph"
+        if a.dim() != b.dim() or (_all_static(a, b) and not same_shape(a.shape, b.shape)):
+            return f"output {i} has the shape {tuple(b.shape)} in the trace, {tuple(a.shape)} in the graph"
+        if a.requires_grad != b.requires_grad:
+            return f"output {i} {'requires' if b.requires_grad else 'does not require'} grad in the trace only"
+        if homes_before.get(_home(a)) != homes_after.get(_home(b)):
+            return f"output {i} aliases another input in the trace than in the graph"
+    seen = {homes_after[_home(val)] for val in _written_values(traced) if _home(val) in homes_after}
+    named = {homes_after[_home(fakes[i])] for i in written if isinstance(fakes[i], Tensor)}
+    if seen != named:
+        return f"the inputs {sorted(seen ^ named)} are written to in the trace or in the graph, not in both"
+    return None
+
+
+def _output(module: GraphModule) -> Any:
+    return next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
+
+
+def _example(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def _home(value: Any) -> int | None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    return value.untyped_storage()._cdata
+
+
+def _homes(values: Sequence[Any]) -> dict[int | None, int]:
+    """Storage -> the first input that lives in it."""
+    found: dict[int | None, int] = {}
+    for i, value in enumerate(values):
+        if _home(value) is not None:
+            found.setdefault(_home(value), i)
+    return found
+
+
+def _written_values(traced: GraphModule) -> list[Any]:
+    return [w.meta.get("val") for n in traced.graph.nodes for w in written_arguments(n)]
+
+
+def _all_static(a: Tensor, b: Tensor) -> bool:
+    return all(isinstance(s, int) for t in (a, b) for s in t.shape)

@@ -1,0 +1,68 @@
+"""Handing the rewritten graph on: to Inductor with the user's mode, or to eager where no compiler is found."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxopt.options import Options
+
+log = logging.getLogger(__name__)
+
+
+def missing_compiler(example_inputs: Sequence[Any]) -> str | None:
+    """Why Inductor can't compile for these inputs' devices on this machine, or None."""
+    kinds = {x.device.type for x in example_inputs if isinstance(x, Tensor)}
+    return next((reason for reason in map(_missing_for, sorted(kinds)) if reason), None)
+
+
+@functools.cache
+def _missing_for(device_type: str) -> str | None:
+    if device_type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "no C++ compiler was found (install g++ or clang, or set CXX)"
+    if device_type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "Triton is not installed or does not support this GPU"
+    return None
+
+
+def compile_graph(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Compile with Inductor in the mode that `options` names; what it returns takes and gives flat arguments."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(options.mode)) | dict(options.inductor)
+    return compile_fx(module, list(example_inputs), config_patches=patches)
+
+
+def run_eagerly(module: GraphModule, reason: str) -> Callable[..., Any]:
+    """The graph run op by op, with a warning that says why (once a reason)."""
+    _warn_once(reason)
+    return module.forward
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    message = f"fxopt runs its graphs op by op, without Inductor: {reason}"
+    log.warning(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def gradients_flow(example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph will be differentiated: grad mode is on and an input asks for gradients."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)

@@ -1,0 +1,119 @@
+"""Choosing how each fused op is computed, and tracing the transparent ones into the graph.
+
+A transparent implementation is plain PyTorch: it is traced on the op's fake arguments and its nodes take the op's
+place, so that Inductor fuses them with their neighbours and autograd differentiates them. An opaque one stays a single
+call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from fxopt.graph.query import val
+from fxopt.lower.strides import restore_strides
+from fxopt.ops import FusedOp, Implementation, Target, find_op
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one fused op is computed: its node's name (it may be gone), its implementation, what was passed over."""
+
+    node: str
+    op: str
+    implementation: str
+    provenance: Any  # the Rewrite that made the node, or None
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def place_implementations(module: GraphModule, *, training: bool, compiled: bool) -> list[Choice]:
+    """Give every fused op in the graph of `module` an implementation, in place; what was chosen, in graph order."""
+    choices = []
+    traces: dict[Any, GraphModule] = {}
+    for node in list(module.graph.nodes):
+        op = find_op(node.target)
+        if op is None:
+            continue
+        args = op.bind(*node.args, **node.kwargs)
+        fakes = tree_map(val, args)
+        device = next(f.device for f in fakes if isinstance(f, Tensor))
+        chosen, passed_over = op.select(Target(device, training, compiled), *fakes)
+        choices.append(Choice(node.name, op.name, chosen.name, node.meta.get("fxopt"), tuple(passed_over)))
+        if not chosen.opaque:
+            _inline(module.graph, node, op, chosen, args, traces)
+    module.graph.lint()
+    module.recompile()
+    return choices
+
+
+def _inline(
+    graph: Graph, node: Node, op: FusedOp, chosen: Implementation, args: tuple[Any, ...], traces: dict[Any, GraphModule]
+) -> None:
+    leaves, structure = tree_flatten(args)
+    dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
+    key = (op.name, chosen.name, tuple(_key(leaf) for leaf in leaves))
+    traced = traces.get(key)
+    if traced is None:
+
+        def program(*values: Any) -> Any:
+            filled = list(leaves)
+            for i, value in zip(dynamic, values, strict=True):
+                filled[i] = value
+            return chosen.run(*tree_unflatten(filled, structure))
+
+        traced = traces[key] = _trace(program, [val(leaves[i]) for i in dynamic])
+    results = _copy(graph, node, traced, [leaves[i] for i in dynamic])
+    originals = node.meta.get("val")
+    if isinstance(originals, (tuple, list)):
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            _replace(graph, user, results[user.args[1]])
+        graph.erase_node(node)
+    else:
+        _replace(graph, node, results[0])
+
+
+def _key(leaf: Any) -> Any:
+    """What a trace depends on, for one argument."""
+    value = val(leaf)
+    if isinstance(value, Tensor):
+        return ("tensor", value.dtype, value.device, tuple(map(str, value.shape)), tuple(map(str, value.stride())))
+    if isinstance(leaf, Node):
+        return ("symbol", str(value))
+    return (type(leaf), str(leaf))
+
+
+def _trace(program: Callable[..., Any], values: list[Any]) -> GraphModule:
+    mode = next(v.fake_mode for v in values if isinstance(v, Tensor))
+    with mode, torch.no_grad():
+        return make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+
+
+def _copy(graph: Graph, node: Node, traced: GraphModule, inputs: list[Node]) -> list[Any]:
+    """Copy the nodes of `traced` before `node`; the nodes that stand for its results."""
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    environment: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op != "call_function":
+                continue
+            copy = graph.node_copy(inner, lambda n: environment[n])
+            for key in ("stack_trace", "nn_module_stack", "from_node", "fxopt", "seq_nr"):
+                if key in node.meta:
+                    copy.meta[key] = node.meta[key]
+            environment[inner] = copy
+    return [environment[n] for n in tree_leaves(traced.graph.output_node().args[0])]
+
+
+def _replace(graph: Graph, old: Node, new: Node) -> None:
+    replacement = restore_strides(graph, old, new)
+    old.replace_all_uses_with(replacement, delete_user_cb=lambda user: user is not replacement)
+    graph.erase_node(old)
