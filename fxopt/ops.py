@@ -68,6 +68,7 @@ class FusedOp:
     reference: Callable[..., Any]
     overload: torch._ops.OpOverload
     implementations: list[Implementation] = field(default_factory=list)
+    contiguous: bool = False
     _library: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +99,7 @@ class FusedOp:
 
     def select(self, target: Target, *args: Any) -> tuple[Implementation, list[tuple[str, str]]]:
         """The implementation to use there, and (name, objection) of those passed over."""
-        passed_over = []
+        passed_over: list[tuple[str, str]] = []
         for candidate in self.implementations:
             objection = candidate.objection(target, *args)
             if objection is None:
@@ -125,7 +126,7 @@ class FusedOp:
         device = next(a.device for a in args if isinstance(a, Tensor))
         chosen, _ = self.select(Target(device=device, compiled=False), *args)
         result = chosen.run(*args)
-        return result
+        return result.contiguous() if self.contiguous else result
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
         """Gradients of the reference, recomputed from the saved inputs."""
@@ -152,10 +153,13 @@ class FusedOp:
 _OPS: dict[torch._ops.OpOverload, FusedOp] = {}
 
 
-def fused_op(schema: str, *, sources: Sequence[Path | str] = ()) -> Callable[[Callable[..., Any]], FusedOp]:
+def fused_op(
+    schema: str, *, sources: Sequence[Path | str] = (), contiguous: bool = False
+) -> Callable[[Callable[..., Any]], FusedOp]:
     """Define the op `schema` ("name(arguments) -> results"); the decorated function is its reference.
 
-    `sources` are further files whose edits must make cached code stale (templates, shared kernels).
+    `sources` are further files whose edits must make cached code stale (templates, shared kernels). `contiguous` says
+    that the one result is contiguous, as the fake states, although transparent implementations may return any strides.
     Raises ValueError where the schema's arguments and the reference's parameters differ in name or order.
     """
 
@@ -170,7 +174,7 @@ def fused_op(schema: str, *, sources: Sequence[Path | str] = ()) -> Callable[[Ca
         if overload is None or overload_name not in overload.overloads():
             library.define(f"{name}.{overload_name}({rest}", tags=(torch.Tag.pt2_compliant_tag,))
         overload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload_name)
-        op = FusedOp(name, reference, overload, _library=library)
+        op = FusedOp(name, reference, overload, contiguous=contiguous, _library=library)
         library.impl(f"{name}.{overload_name}", op._execute, "CompositeExplicitAutograd", allow_override=True)
         torch.library.register_autograd(op._qualified_name, op._backward, setup_context=_save_arguments, lib=library)
         op.__doc__ = reference.__doc__

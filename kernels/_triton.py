@@ -31,23 +31,25 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fxopt.ops import Target
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU-only PyTorch and platforms other than Linux
-    triton = None
-    tl = None
 
-LOG2E = 1.4426950408889634
+def _optional(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:  # CPU-only PyTorch, and platforms other than Linux
+        return None
+
+
+triton: Any = _optional("triton")
+tl: Any = _optional("triton.language")
 
 
 @dataclass(frozen=True)
 class CompileExample:
     """One specialisation of a kernel to compile for every supported architecture without a GPU.
 
-    `signature` gives the Triton type of every run-time argument ("*bf16" a pointer, "i32", "fp32"; pointers are taken to
-    be 16-byte aligned), `constexprs` the values of all the others. `max_spills` is the most 4-byte registers that a
-    thread may spill.
+    `signature` gives the Triton type of every run-time argument ("*bf16" a pointer, "i32", "fp32"; pointers are taken
+    to be 16-byte aligned), `constexprs` the values of all the others. `max_spills` is the most 4-byte registers that
+    a thread may spill.
     """
 
     name: str

@@ -1,0 +1,149 @@
+"""Attention: softmax(scale · q kᵀ + mask) v, with grouped-query heads whose keys and values are never repeated.
+
+Bytes: q and the result once, k and v once per KV head (plus the mask once per head that it tells apart); the M x N
+scores stay on the chip. FLOPs: 2·B·Hq·M·N·(D + Dv), about half of that where causal. With M query rows a KV head does
+2·(Hq/Hkv)·M FLOPs for every element it reads, so decoding (M of 1 to 16) is bound by bandwidth, prefill by the tensor
+cores.
+
+Rows with no live key (every score -inf) come in two kinds: a spelled-out softmax gives NaN there,
+F.scaled_dot_product_attention gives 0. `empty_rows` says which. A row that is masked with a finite number, as
+torch.finfo(dtype).min, has live keys: plain arithmetic makes its weights uniform.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.graph.symbols import known_equal, known_true
+from fxopt.kernels import _triton
+from fxopt.ops import Target, fused_op
+
+
+@fused_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False,"
+    ' str empty_rows="nan") -> Tensor',
+    sources=[_triton.__file__],
+    contiguous=True,
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    empty_rows: str = "nan",
+) -> Tensor:
+    """Attention of `q` [B, Hq, M, D] over `k` [B, Hkv, N, D] and `v` [B, Hkv, N, Dv]; Hq is a multiple of Hkv.
+
+    `mask` broadcasts to [B, Hq, M, N]: bool (True attends) or a float that is added to the scaled scores. `is_causal`
+    further restricts row i to the keys j <= i. Returns [B, Hq, M, Dv] in v's dtype, computed in at least float32.
+    `empty_rows` ("nan" or "zero") is the result of rows in which every score is -inf.
+    """
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    heads, rows = q.shape[1], q.shape[2]
+    kv_heads, keys = k.shape[1], k.shape[2]
+    grouped = _group_rows(q.to(compute), kv_heads)
+    scores = (grouped @ k.to(compute).transpose(-1, -2)).reshape(q.shape[0], heads, rows, keys) * scale
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(compute)
+    if is_causal:
+        scores = torch.where(_causal(rows, keys, q.device), scores, -torch.inf)
+    weights = torch.softmax(scores, -1)
+    if empty_rows == "zero":
+        weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
+    result = _group_rows(weights, kv_heads) @ v.to(compute)
+    return result.reshape(q.shape[0], heads, rows, v.shape[3]).to(v.dtype)
+
+
+@attention.fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    empty_rows: str = "nan",
+) -> Tensor:
+    return v.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _group_rows(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, Hq, M, D] -> [B, Hkv, Hq / Hkv · M, D]: the rows that share a KV head, below each other."""
+    group = x.shape[1] // kv_heads
+    return x.reshape(x.shape[0], kv_heads, group * x.shape[2], x.shape[3])
+
+
+def _causal(rows: int, keys: int, device: torch.device) -> Tensor:
+    """[M, N], True where key j <= row i (aligned at the top left, as in F.scaled_dot_product_attention)."""
+    return torch.arange(rows, device=device)[:, None] >= torch.arange(keys, device=device)[None, :]
+
+
+def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
+    scale = rest[0]
+    if not known_true(scale > 0):  # type: ignore[operator]
+        return "SDPA's flash kernels take the maximum before scaling, which needs a positive scale"
+    return None
+
+
+@attention.implementation("sdpa", when=_sdpa_objection)
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, empty_rows: str) -> Tensor:
+    rows, keys, width, value_width, dtype = q.shape[2], k.shape[2], q.shape[3], v.shape[3], v.dtype
+    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    q, k, v = (t if t.dtype == common else t.to(common) for t in (q, k, v))
+    if mask is not None:
+        mask = _sdpa_mask(mask, _causal(rows, keys, q.device) if is_causal else None, q, empty_rows)
+        is_causal = False
+    gqa = not known_equal(q.shape[1], k.shape[1])
+    on_cpu, one_row = q.device.type == "cpu", known_equal(rows, 1)
+    if on_cpu and not one_row and not known_equal(width, value_width):
+        # Only heads of one width take the CPU's flash kernel; the zeros cost less than its absence (4 times at 2048).
+        if known_true(value_width < width):
+            v = F.pad(v, (0, width - value_width))
+        elif known_true(width < value_width):
+            q, k = F.pad(q, (0, value_width - width)), F.pad(k, (0, value_width - width))
+    if on_cpu and one_row and gqa and not is_causal and known_true(q.shape[0] * k.shape[1] >= torch.get_num_threads()):
+        # A KV head's query rows together read it once: 1.2 to 1.7 times as fast as SDPA's own grouping.
+        out = F.scaled_dot_product_attention(
+            _group_rows(q, k.shape[1]), k, v, _group_mask(mask, q.shape[1], k.shape[1]), scale=scale
+        ).reshape(*q.shape[:3], v.shape[3])
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    if not known_equal(out.shape[3], value_width):
+        out = out[..., :value_width]
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+def _sdpa_mask(mask: Tensor, causal: Tensor | None, q: Tensor, empty_rows: str) -> Tensor:
+    """`mask` and `causal` as one 4-D mask that SDPA accepts and that gives empty rows the result they should have.
+
+    Depends on the mask alone, so layers that share it share this. SDPA gives an empty row 0, and a row of NaN NaN.
+    """
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    if mask.dtype == torch.bool:
+        if causal is not None:
+            mask = mask & causal
+        if empty_rows == "zero":
+            return mask
+        mask = torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+    else:
+        if mask.dtype != q.dtype and not (mask.dtype == torch.float32 and q.device.type == "cpu"):
+            # finfo(float32).min must stay finite in the narrower dtype: rows of it are uniform, not empty.
+            floor = torch.finfo(q.dtype).min
+            mask = torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)).to(q.dtype)
+        if causal is not None:
+            mask = torch.where(causal, mask, -torch.inf)
+    if empty_rows == "nan":
+        mask = torch.where((mask == -torch.inf).all(-1, keepdim=True), torch.nan, mask)
+    return mask
+
+
+def _group_mask(mask: Tensor | None, heads: int, kv_heads: int) -> Tensor | None:
+    """A mask [B or 1, Hq or 1, 1, N or 1] for one query row a head as one for `_group_rows` of the queries."""
+    if mask is None or known_equal(mask.shape[1], 1):
+        return mask
+    return mask.reshape(mask.shape[0], kv_heads, heads // kv_heads, mask.shape[3])
