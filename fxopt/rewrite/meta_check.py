@@ -1,4 +1,4 @@
-"""Old value against new value by what is known without running anything: shape, dtype, device, layout, strides, aliases.
+"""Old value against new by what is known without running anything: shape, dtype, device, layout, strides, aliases.
 
 Two values agree if nothing downstream can tell them apart by their metadata for any shape that the compiled code will
 serve. Sizes are compared with `known_equal`, so nothing is specialised. Strides are asked about separately: most users
