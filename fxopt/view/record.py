@@ -53,9 +53,9 @@ def publish(graph: GraphReport) -> None:
         for report in _open:
             report.graphs.append(graph)
     if graph.reason is not None:
-        log.info("graph %s passed through: %s", graph.name, graph.reason)
+        log.info("%s passed through: %s", graph.name, graph.reason)
     else:
-        log.info("graph %s: %d sites, %d near misses", graph.name, len(graph.sites), len(graph.misses))
+        log.info("%s: %d sites, %d near misses", graph.name, len(graph.sites), len(graph.misses))
     trace.artifacts(graph)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fxopt.match.miss import NearMiss
 from fxopt.rewrite.fusion import Step, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,15 @@ class GraphReport:
     """
 
     name: str
-    before: str = ""
-    after: str = ""
+    before: str = field(default="", repr=False)
+    after: str = field(default="", repr=False)
     normalized: bool = False
     reason: str | None = None
     nodes: int = 0
     steps: list[Step] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
-    generated: dict[str, str] = field(default_factory=dict)
+    generated: dict[str, str] = field(default_factory=dict, repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     lowering: str = ""  # "inductor" or "eager", with the mode
     notes: list[str] = field(default_factory=list)
@@ -53,7 +58,10 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """What happened while one or more graphs were compiled."""
+    """What happened while one or more graphs were compiled: strings and numbers only, so it outlives the graphs.
+
+    `print(report)` shows a table; `save` writes it as text, JSON or a page; `from_json` reads it back.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
 
@@ -62,12 +70,54 @@ class Report:
         """All sites of all graphs."""
         return [site for graph in self.graphs for site in graph.sites]
 
+    @property
+    def misses(self) -> list[NearMiss]:
+        """All near misses of all graphs."""
+        return [miss for graph in self.graphs for miss in graph.misses]
+
+    @property
+    def steps(self) -> list[Step]:
+        """All applications of fusions and raising rules, undone ones included."""
+        return [step for graph in self.graphs for step in graph.steps]
+
     def counts(self) -> dict[str, int]:
         """Fusion name -> number of sites."""
         return dict(Counter(site.fusion for site in self.sites))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready data."""
-        from dataclasses import asdict
+        """The report as JSON-ready data with a schema version; numbers that JSON lacks (inf, nan) become strings."""
+        from fxopt.view.save import to_dict
 
-        return asdict(self)
+        return to_dict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report in the form that the suffix names: .html (a page), .json (data) or .txt (the table).
+
+        Parent folders are made; the file appears whole or not at all. Returns the path. Raises ValueError for another
+        suffix.
+        """
+        from fxopt.view.save import save
+
+        return save(self, path)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a report that `save` wrote as .json. Raises ValueError where it isn't one, or of another schema."""
+        from fxopt.view.save import load
+
+        return load(path)
+
+    def __repr__(self) -> str:
+        from fxopt.view.text import summary
+
+        return f"<Report: {summary(self)}>"
+
+    def __str__(self) -> str:
+        from fxopt.view.text import render
+
+        return render(self)
+
+    def __rich__(self) -> RenderableType:
+        from fxopt.view.text import table
+
+        return table(self)

@@ -1,0 +1,106 @@
+"""Why did this fuse, and why did that not? Compile a model afresh, run it once, and say it in words.
+
+    print(fxopt.explain(model, x))
+
+The user's own compiled code is left alone: the model is called from a frame made for this one explanation, so what is
+compiled is cached there and goes with it, and where the graph breaks inside the model's own frames the backend has an
+identity of its own, which keeps the pieces apart from those compiled before or after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
+from torch._dynamo.utils import graph_break_reasons
+from torch.fx import GraphModule
+
+from fxopt.view import text
+from fxopt.view.record import record
+from fxopt.view.report import Report
+
+_explained = itertools.count()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What fused in a model, what did not and why. `str` gives it in words; `report` has the data.
+
+    breaks: one line for each place where the graph broke, in order, without repetition
+    """
+
+    report: Report
+    breaks: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.report.graphs:
+            return "no graph was captured: the call ran no tensor operations that torch.compile could see"
+        return text.explanation(self.report, self.breaks)
+
+
+def explain(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Explanation:
+    """Compile `model` with the fxopt backend, call it once on `inputs`, and return what fused, what did not and why.
+
+    `model` is a module or function; if torch.compile made it, what was compiled is taken. The call runs in the caller's
+    grad mode, with static shapes (but dimensions marked dynamic), and leaves the random number generators as they were;
+    what the model itself writes (buffers, a KV cache among the inputs) is written. Raises whatever the call raises.
+    """
+    before = len(graph_break_reasons)
+    # Static shapes, as at a first call: which dimensions vary is known only from calls that this one hasn't seen.
+    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with record() as report, static, torch.random.fork_rng(devices=_devices()):
+        _compile(_original(model))(*inputs, **kwargs)
+    breaks = [f"{_first_line(r.reason)} ({_place(r.user_stack)})" for r in graph_break_reasons[before:]]
+    # Dynamo's own numbering counts every frame compiled in the process; here the same model gives the same text.
+    graphs = [dataclasses.replace(graph, name=f"graph {i}") for i, graph in enumerate(report.graphs)]
+    return Explanation(Report(graphs), list(dict.fromkeys(breaks)))
+
+
+def _compile(model: Callable[..., Any]) -> Callable[..., Any]:
+    from fxopt.backend import fxopt
+
+    def backend(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return fxopt(graph, inputs)
+
+    def frame(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # "self": names then read as in a module
+        return self(*args, **kwargs)
+
+    # Dynamo caches per code object, and remembers the shapes seen per name: both are new at each call.
+    code = frame.__code__.replace(co_name=f"explained_{next(_explained)}")
+    # torch 2.13 can also keep the pieces of a broken graph from counting towards the user's recompile limit.
+    known = inspect.signature(torch.compile).parameters
+    isolated: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    compiled = torch.compile(types.FunctionType(code, frame.__globals__), backend=backend, **isolated)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(model, *args, **kwargs)
+
+    return call
+
+
+def _original(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile was given, if it made `model`."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else innermost_fn(model)
+
+
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+def _first_line(reason: str) -> str:
+    return next((line.strip() for line in reason.splitlines() if line.strip()), "unknown reason")
+
+
+def _place(stack: Any) -> str:
+    frames = list(stack or ())
+    if not frames:
+        return "place unknown"
+    last = frames[-1]
+    return text.short_source(f"{last.filename}:{last.lineno} in {last.name}: {last.line or ''}".rstrip(": "))
