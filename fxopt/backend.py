@@ -26,7 +26,7 @@ from fxopt.lower.compile import compile_graph, gradients_flow, missing_compiler,
 from fxopt.lower.implementations import Choice, place_implementations
 from fxopt.options import Options
 from fxopt.rewrite import verdicts
-from fxopt.rewrite.driver import Outcome, run_fusions
+from fxopt.rewrite.driver import run_fusions
 from fxopt.rewrite.fusion import Fusion, Precision, Verdict
 from fxopt.rewrite.plugins import fusions
 from fxopt.rewrite.verify import Verifier
@@ -55,21 +55,18 @@ def fxopt(
     report = GraphReport(name=f"graph {next(_numbers)}", nodes=len(module.graph.nodes))
     report.lowering = f"inductor, mode={chosen.mode}"
     try:
-        normal = _normalise(module, example_inputs, report)
-        fused = _fuse(normal, _selected(known, chosen), chosen, report) if normal is not None else None
-        if fused is not None:
-            return _lower(fused, example_inputs, chosen, report)
+        run = _rewritten(module, example_inputs, known, chosen, report)
     except torch._dynamo.exc.RestartAnalysis:
-        raise  # Dynamo is asked to capture again; this is not a failure
+        raise  # Dynamo is asked to capture the graph again: this one never was
     except Exception as error:
         # Nothing of the user's is lost: the graph that Dynamo made is still there, untouched.
         report.reason = f"{type(error).__name__}: {error}"
-        report.normalized, report.sites = False, []
+        report.normalized, report.sites, run = False, [], None
         log.warning("fxopt compiles %s as Dynamo made it: %s", report.name, report.reason, exc_info=True)
-    try:
-        return _compile(module, example_inputs, chosen, report)
-    finally:
-        publish(report)
+    if run is None:
+        run = _compile(module, example_inputs, chosen, report)
+    publish(report)
+    return run
 
 
 def reset() -> None:
@@ -78,6 +75,20 @@ def reset() -> None:
 
 
 fxopt.reset = reset  # type: ignore[attr-defined]
+
+
+def _rewritten(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    known: Mapping[str, Fusion],
+    options: Options,
+    report: GraphReport,
+) -> Callable[..., Any] | None:
+    """The graph with its fusions applied, compiled; None where it is turned away or nothing fused."""
+    normal = _normalise(module, example_inputs, report)
+    if normal is None or not _fuse(normal, _selected(known, options), options, report):
+        return None
+    return _lower(normal, example_inputs, options, report)
 
 
 def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> GraphModule | None:
@@ -98,12 +109,12 @@ def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: Graph
     return normal
 
 
-def _fuse(normal: GraphModule, selected: Sequence[Fusion], options: Options, report: GraphReport) -> GraphModule | None:
-    """The graph with its fusions applied, or None if there is nothing to gain from it."""
-    outcome: Outcome = run_fusions(normal, selected, Verifier(options.verify))
+def _fuse(normal: GraphModule, selected: Sequence[Fusion], options: Options, report: GraphReport) -> int:
+    """Apply the fusions to the normal form, in place; the number of applications that stand."""
+    outcome = run_fusions(normal, selected, Verifier(options.verify))
     report.steps, report.misses = outcome.steps, outcome.misses
     report.seconds |= outcome.seconds
-    return normal if outcome.fused else None
+    return outcome.fused
 
 
 def _lower(
@@ -115,9 +126,7 @@ def _lower(
     with _timed(report, "place"):
         choices = place_implementations(fused, training=gradients_flow(example_inputs), compiled=compiled)
     report.sites = [_site(choice) for choice in choices]
-    run = _compile(fused, example_inputs, options, report)
-    publish(report)
-    return run
+    return _compile(fused, example_inputs, options, report)
 
 
 def _compile(

@@ -21,7 +21,9 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.F
 
 def refusal(module: GraphModule, example_inputs: Sequence[Any]) -> str | None:
     """Why Dynamo's graph `module` must not be retraced, in words, or None."""
-    return _ambient() or _inputs(example_inputs) or _attributes(module) or next(_nodes(module), None)
+    # A higher-order op brings helpers of its own into the graph: it is the reason, not they.
+    by_node = min(_nodes(module), key=lambda reason: not reason.startswith("higher-order op"), default=None)
+    return _ambient() or _inputs(example_inputs) or _attributes(module) or by_node
 
 
 def _ambient() -> str | None:

@@ -1,0 +1,100 @@
+"""Canonicalisation drops and renames only what changes neither values nor aliasing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+x = torch.randn(4, 6)
+
+
+@pytest.mark.parametrize(
+    "program, gone",
+    [
+        (lambda x: F.dropout(x.sin(), 0.5, training=False) + 1, aten.dropout.default),
+        (lambda x: x.sin().to(torch.float32) + 1, aten.to.dtype),
+        (lambda x: x.sin().contiguous() + 1, aten.contiguous.default),
+        (lambda x: x.sin().expand(4, 6) + 1, aten.expand.default),
+        (lambda x: x.sin().reshape(4, 6) + 1, aten.reshape.default),
+        (lambda x: x.sin()[:, :] + 1, aten.slice.Tensor),
+        (lambda x: (x.sin() * 1.0) + 1, aten.mul.Tensor),
+        (lambda x: x.sin().add_(1) + 1, aten.add_.Tensor),
+        (lambda x: x.sin().view(24) + 1, aten.view.default),
+        (lambda x: x * torch.tensor(0.5), aten.lift_fresh_copy.default),
+    ],
+)
+def test_dropped(captured, program, gone):
+    torch.testing.assert_close(captured.run(program, x), program(x))
+    assert gone not in captured.targets()
+
+
+@pytest.mark.parametrize(
+    "program, kept",
+    [
+        (lambda x: F.dropout(x, 0.5, training=True).shape[0] + x.sin(), aten.sin.default),
+        (lambda x: x.t().contiguous() + 1, aten.contiguous.default),
+        (lambda x: x.to(torch.float64) + 1, aten.to.dtype),
+        (lambda x: x.sin() * 2.0, aten.mul.Tensor),
+        (lambda x: x.sin()[1:], aten.slice.Tensor),
+    ],
+)
+def test_kept(captured, program, kept):
+    torch.testing.assert_close(captured.run(program, x), program(x))
+    assert kept in captured.targets()
+
+
+def test_a_view_that_is_written_to_stays_a_view(captured):
+    def program(x):
+        y = x.sin()
+        v = y.view(24)
+        v[3] = 7.0
+        return y
+
+    torch.testing.assert_close(captured.run(program, x), program(x))
+
+
+def test_in_place_on_a_value_with_views_is_left_alone(captured):
+    def program(x):
+        y = x.sin()
+        head = y[:2]
+        y.mul_(3)
+        return head + 1, y
+
+    torch.testing.assert_close(captured.run(program, x), program(x))
+    assert aten.mul_.Tensor in captured.targets()
+
+
+def test_in_place_keeps_the_dtype_of_its_target(captured):
+    def program(x):
+        y = x.bfloat16() + 1
+        y.add_(x)
+        return y * 2
+
+    out = captured.run(program, x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, program(x))
+    assert aten.add_.Tensor not in captured.targets()
+
+
+def test_chain_of_in_place_steps(captured):
+    def program(x):
+        y = x + 1
+        y.mul_(2)
+        z = y * 3
+        y.add_(z).relu_()
+        return y, z
+
+    torch.testing.assert_close(captured.run(program, x), program(x))
+
+
+def test_in_place_on_an_input_is_left_alone(captured):
+    mine, theirs = x.clone(), x.clone()
+
+    def program(x):
+        x.mul_(2)
+        return x + 1
+
+    torch.testing.assert_close(captured.run(program, mine), program(theirs))
+    torch.testing.assert_close(mine, theirs)
