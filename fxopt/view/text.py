@@ -148,8 +148,13 @@ def raised(report: Report) -> dict[str, int]:
 
 
 def undone(report: Report) -> list[Step]:
-    """The applications that failed verification and were undone."""
-    return [step for step in report.steps if not step.applied]
+    """The applications that failed verification and were undone (not the raised forms that nothing fused)."""
+    return [step for step in report.steps if _failed(step)]
+
+
+def _failed(step: Step) -> bool:
+    # A raised form that nothing consumed gets its original nodes back: that is how raising works, not a failure.
+    return not step.applied and "nothing fused the result" not in step.verdict.detail
 
 
 def grouped_misses(misses: Iterable[NearMiss]) -> list[Missed]:

@@ -16,8 +16,9 @@ _trace_log = logging.getLogger("torch.__trace")
 
 def tracing() -> bool:
     """Whether torch's structured trace is on."""
-    # Without TORCH_TRACE torch leaves a handler with no folder there; it removes itself at the first message.
-    return any(getattr(handler, "root_dir", "") is not None for handler in _trace_log.handlers)
+    # Handlers without a folder don't count: torch's own without TORCH_TRACE, until it removes itself at the first
+    # message, and those with which pytest captures logs.
+    return any(getattr(handler, "root_dir", None) is not None for handler in _trace_log.handlers)
 
 
 def artifacts(graph: GraphReport) -> None:

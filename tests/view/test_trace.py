@@ -14,6 +14,7 @@ class Collect(logging.Handler):
     def __init__(self):
         super().__init__()
         self.artifacts = {}
+        self.root_dir = "a folder"  # as torch's own handler has where TORCH_TRACE is set
 
     def emit(self, record):
         if "artifact" in record.metadata:
@@ -49,7 +50,7 @@ def test_the_trace_listens_like_a_recorder(trace):
 
 
 def test_a_handler_without_a_folder_does_not_listen(trace):
-    trace.root_dir = None  # torch's own handler, before it has removed itself
+    trace.root_dir = None  # as torch's own handler without TORCH_TRACE, before it has removed itself
     assert not recording()
     publish(GraphReport("graph 0"))
     assert not trace.artifacts
