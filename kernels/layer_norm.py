@@ -17,7 +17,7 @@ from fxopt.ops import fused_op
 
 
 @fused_op(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, int dims=1, ScalarType? out_dtype=None) -> Tensor",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, Scalar eps, int dims=1, ScalarType? out_dtype=None) -> Tensor",
     sources=[_triton.__file__],
 )
 def layer_norm(
@@ -48,7 +48,7 @@ def layer_norm(
 
 
 @fused_op(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, int dims=1,"
+    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Scalar eps, int dims=1,"
     " ScalarType? out_dtype=None) -> (Tensor, Tensor)",
     sources=[_triton.__file__],
 )
