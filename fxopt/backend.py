@@ -71,7 +71,7 @@ def fxopt(
 
 def reset() -> None:
     """Forget what was learnt in this process (torch._dynamo.reset() calls this)."""
-    verdicts.forget()
+    verdicts.clear()
 
 
 fxopt.reset = reset  # type: ignore[attr-defined]
