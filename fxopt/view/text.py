@@ -71,6 +71,8 @@ def verdict(verdict: Verdict) -> str:
 
 _SOURCE = re.compile(r"(?P<file>.+?):(?P<line>\d+) in (?P<function>\S+)(?:: (?P<code>.*))?", re.DOTALL)
 
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")  # Dynamo's name for the rest of a function after a break
+
 
 def short_source(source: str | None, code: bool = True) -> str:
     """A source line with its path cut to what the reader needs: below the working directory, or inside a package."""
@@ -79,7 +81,8 @@ def short_source(source: str | None, code: bool = True) -> str:
     found = _SOURCE.fullmatch(source)
     if found is None:
         return source
-    place = f"{short_path(found['file'])}:{found['line']} in {found['function']}"
+    function = _RESUMED.sub(r"\1", found["function"])
+    place = f"{short_path(found['file'])}:{found['line']} in {function}"
     return f"{place}: {found['code']}" if code and found["code"] else place
 
 

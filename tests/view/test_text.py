@@ -42,7 +42,6 @@ def test_str_and_rich_show_the_same(report):
 
 def test_repr_is_short(report):
     assert repr(report) == f"<Report: {text.summary(report)}>"
-    assert "softmax" not in repr(report.graphs[0].before) or len(repr(report.graphs[0])) < 10_000
     assert "def forward" not in repr(report.graphs[0])
 
 
@@ -105,6 +104,7 @@ def test_an_undone_rewrite_is_no_site_and_not_timed(make):
         ("/usr/lib/site-packages/a/b.py:3 in f: x + 1", "a/b.py:3 in f: x + 1"),
         ("/elsewhere/b.py:3 in f: x: int = 1", "/elsewhere/b.py:3 in f: x: int = 1"),
         ("C:\\m.py:3 in f: x", "C:\\m.py:3 in f: x"),
+        ("/a/b.py:3 in torch_dynamo_resume_in_forward_at_2: x", "/a/b.py:3 in forward: x"),
         ("not a source line", "not a source line"),
         (None, "source line unknown"),
     ],
