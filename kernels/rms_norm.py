@@ -12,16 +12,19 @@ Models differ in where they round (Zhang and Sennrich, arXiv:1910.07467, leave i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
+from fxopt.kernels._triton import CompileExample, jit, tl
 from fxopt.ops import Target, fused_op
 
 
 @fused_op(
-    "rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset=0.0, ScalarType? round_to=None,"
+    "rms_norm(Tensor x, Tensor? weight, Scalar eps, Scalar weight_offset=0.0, ScalarType? round_to=None,"
     " ScalarType? out_dtype=None) -> Tensor",
     sources=[_triton.__file__],
 )
@@ -142,6 +145,125 @@ def _(
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def _triton_objection(target: Target, x: Tensor, *rest: object) -> str | None:
+    others = [t for t in rest if isinstance(t, Tensor)]
+    return _triton.op_by_op_only(target) or _triton.norm_objection(x, *others)
+
+
+@jit
+def _rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x, residual, weight, out, total,
+    rows, columns, eps, offset,
+    x_inner, x_outer, x_step, r_inner, r_outer, r_step,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    ROUND_TO: tl.constexpr, PRODUCT: tl.constexpr, LOOPED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program, float32 throughout; a row longer than BLOCK is read twice (the second time from L2)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    x += (row // x_inner) * x_outer + (row % x_inner) * x_step
+    if HAS_RESIDUAL:
+        residual += (row // r_inner) * r_outer + (row % r_inner) * r_step
+    live = (row < rows) & (column < columns)
+    wide = _summed(x + column, residual + column, total, live, HAS_RESIDUAL)
+    squares = tl.sum(wide * wide, 1)[:, None]
+    if LOOPED:
+        for start in range(BLOCK, columns, BLOCK):
+            live = (row < rows) & (start + column < columns)
+            wide = _summed(x + start + column, residual + start + column, total, live, HAS_RESIDUAL)
+            squares += tl.sum(wide * wide, 1)[:, None]
+    scale = tl.rsqrt(squares / tl.cast(columns, tl.float32) + eps)
+    for start in range(0, columns, BLOCK):
+        at = start + column
+        live = (row < rows) & (at < columns)
+        if LOOPED:
+            wide = _summed(x + at, residual + at, total, live, HAS_RESIDUAL)
+        if HAS_RESIDUAL:
+            tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
+        normed = wide * scale
+        if ROUND_TO is not None:
+            normed = normed.to(ROUND_TO).to(tl.float32)
+        if HAS_WEIGHT:
+            factor = tl.load(weight + at, mask=at < columns, other=0.0)
+            if HAS_OFFSET:
+                shifted = factor.to(tl.float32) + offset
+                factor = shifted if ROUND_TO is None else shifted.to(factor.dtype)
+            normed = (normed * factor.to(tl.float32)).to(PRODUCT)
+        tl.store(out + row * columns + at, normed.to(out.dtype.element_ty), mask=live)
+
+
+@jit
+def _summed(x, residual, total, live, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, or x + residual rounded to the sum's dtype, in float32; 0 outside of the row."""
+    wide = tl.load(x, mask=live, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        wide += tl.load(residual, mask=live, other=0.0).to(tl.float32)
+        wide = wide.to(total.dtype.element_ty).to(tl.float32)
+    return wide
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_to: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(normed, sum or x), contiguous."""
+    total = x
+    if residual is not None:
+        x, residual = torch.broadcast_tensors(x, residual)
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    out = x.new_empty(x.shape, dtype=_result_dtype(total.dtype, weight, round_to, out_dtype))
+    if out.numel() == 0:
+        return out, total
+    product = torch.float32 if round_to is None else _result_dtype(total.dtype, weight, round_to, None)
+    columns = x.shape[-1]
+    rows = out.numel() // columns
+    block, rows_each, warps = _triton.norm_blocks(columns)
+    x, *x_fold = _triton.as_rows(x)
+    summand, *r_fold = _triton.as_rows(x if residual is None else residual)
+    _rms_norm_kernel[(_triton.ceil_div(rows, rows_each),)](
+        x, summand, x if weight is None else weight.contiguous(), out, total,
+        rows, columns, eps, weight_offset, *x_fold, *r_fold,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_OFFSET=weight_offset != 0.0,
+        ROUND_TO=None if round_to is None else _triton.triton_dtype(round_to),
+        PRODUCT=_triton.triton_dtype(product),
+        LOOPED=block < columns, ROWS=rows_each, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return out, total
+
+
+@rms_norm.implementation("triton", opaque=True, when=_triton_objection)
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return _launch(x, None, *rest)[0]
+
+
+@add_rms_norm.implementation("triton", opaque=True, when=_triton_objection)
+def _(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _launch(x, residual, *rest)
+
+
 # The reference is already what Inductor fuses best: one reduction and one pointwise tail, each cast free in registers.
 rms_norm.implementation("decomposed")(rms_norm.reference)
 add_rms_norm.implementation("decomposed")(add_rms_norm.reference)
+
+
+def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
+    pointers = dict.fromkeys(("x", "residual", "weight", "out", "total"), f"*{dtype}")
+    numbers = {"rows": "i32", "columns": "i32", "eps": "fp32", "offset": "fp32"}
+    strides = dict.fromkeys(("x_inner", "x_outer", "x_step", "r_inner", "r_outer", "r_step"), "i32")
+    values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_OFFSET": False, "LOOPED": False, "ROWS": 1, **constexprs}
+    return CompileExample(name, _rms_norm_kernel, {**pointers, **numbers, **strides}, values, num_warps=8)
+
+
+COMPILE_EXAMPLES = (
+    () if tl is None else (
+        _example("Llama, 4096", "bf16", ROUND_TO=tl.bfloat16, PRODUCT=tl.bfloat16, BLOCK=4096),
+        _example("Gemma, heads of 128", "fp16", ROUND_TO=None, PRODUCT=tl.float32, HAS_OFFSET=True, ROWS=16, BLOCK=128),
+        _example("looped", "fp32", ROUND_TO=None, PRODUCT=tl.float32, LOOPED=True, BLOCK=8192),
+    )
+)  # fmt: skip

@@ -1,0 +1,70 @@
+"""Set-up that all tests share: where Triton kernels run, and how close to float64 a result must be."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if not HAS_GPU:
+    # Triton reads this where a kernel is declared, so it must be set before fxopt.kernels is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton kernels run: a GPU, or the CPU under Triton's interpreter."""
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    if HAS_GPU:
+        return "cuda"
+    _round_to_nearest(monkeypatch)
+    return "cpu"
+
+
+def _round_to_nearest(monkeypatch):
+    """Triton's interpreter truncates float32 to bfloat16 where a GPU rounds to the nearest: make it round."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    truncating = InterpreterBuilder.cast_impl
+
+    def cast(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return truncating(self, src, dst_type)
+        bits = src.data.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return TensorHandle(np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+
+
+@pytest.fixture
+def assert_as_good_as():
+    """assert_as_good_as(actual, eager, exact): at most twice as far from `exact` as `eager` is, plus one ulp.
+
+    `exact` is float64; `eager` is the same computation spelled out in plain torch at the dtype of `actual`. Errors are
+    the largest over the tensor; infinities and NaN must be where `exact` has them.
+    """
+
+    def check(actual, eager, exact):
+        assert actual.shape == exact.shape
+        assert actual.dtype == eager.dtype
+        actual, eager, exact = (t.detach().cpu() for t in (actual, eager, exact))
+        finite = exact.isfinite()
+        assert torch.equal(actual.isnan(), exact.isnan())
+        assert torch.equal(actual.double()[exact.isinf()], exact[exact.isinf()])
+        if not finite.any():
+            return
+        ulp = torch.finfo(actual.dtype).eps * exact[finite].abs().max().item()
+        error = (actual.double() - exact)[finite].abs().max().item()
+        allowed = 2 * (eager.double() - exact)[finite].abs().nan_to_num().max().item() + ulp
+        assert error <= allowed, f"error {error:.3g} against float64, allowed {allowed:.3g}, an ulp is {ulp:.3g}"
+
+    return check
