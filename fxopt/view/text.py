@@ -327,7 +327,7 @@ def _graph(graph: GraphReport) -> list[str]:
     lines += _misses(graph.misses)
     lines += [f"  note: {note}" for note in graph.notes]
     if len(lines) == 1:
-        lines.append("  nothing to fuse: no fusion found its anchor here")
+        lines.append("  nothing to fuse: no fusion matched here, and none nearly did")
     return lines
 
 
