@@ -166,3 +166,13 @@ def compile_examples() -> Iterator[tuple[str, CompileExample]]:
     for module in sorted(info.name for info in pkgutil.iter_modules([str(folder)])):
         for example in getattr(import_module(f"fxopt.kernels.{module}"), "COMPILE_EXAMPLES", ()):
             yield module, example
+
+
+@jit
+def summed(x, residual, total, live, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, or x + residual rounded to the sum's dtype, in float32; 0 outside of the row."""
+    wide = tl.load(x, mask=live, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        wide += tl.load(residual, mask=live, other=0.0).to(tl.float32)
+        wide = wide.to(total.dtype.element_ty).to(tl.float32)
+    return wide

@@ -8,12 +8,16 @@ differences to the mean, never as E[x²] - E[x]², which loses every digit where
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.ops import fused_op
+from fxopt.kernels._triton import CompileExample, jit, summed, tl
+from fxopt.ops import Target, fused_op
 
 
 @fused_op(
@@ -92,6 +96,118 @@ def _(
     return torch.empty_like(total, dtype=out_dtype or total.dtype, memory_format=torch.contiguous_format), total
 
 
-# Inductor decomposes aten.layer_norm by itself; op by op it is the fastest there is on a CPU.
+def _triton_objection(target: Target, x: Tensor, *rest: object) -> str | None:
+    others = [t for t in rest if isinstance(t, Tensor)]
+    return _triton.op_by_op_only(target) or _triton.norm_objection(x, *others)
+
+
+@jit
+def _layer_norm_kernel(  # type: ignore[no-untyped-def]
+    x, residual, weight, bias, out, total,
+    rows, columns, eps,
+    x_inner, x_outer, x_step, r_inner, r_outer, r_step,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, LOOPED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program, float32 throughout; a row longer than BLOCK is read twice (the second time from L2).
+
+    The moments of a longer row's blocks are merged pairwise (Chan, Golub and LeVeque, 1979).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    x += (row // x_inner) * x_outer + (row % x_inner) * x_step
+    if HAS_RESIDUAL:
+        residual += (row // r_inner) * r_outer + (row % r_inner) * r_step
+    live = (row < rows) & (column < columns)
+    wide = summed(x + column, residual + column, total, live, HAS_RESIDUAL)
+    count = tl.minimum(tl.cast(columns, tl.float32), BLOCK)
+    mean = tl.sum(wide, 1)[:, None] / count
+    away = tl.where(live, wide - mean, 0.0)
+    squares = tl.sum(away * away, 1)[:, None]
+    if LOOPED:
+        for start in range(BLOCK, columns, BLOCK):
+            live = (row < rows) & (start + column < columns)
+            wide = summed(x + start + column, residual + start + column, total, live, HAS_RESIDUAL)
+            more = tl.minimum(tl.cast(columns - start, tl.float32), BLOCK)
+            block_mean = tl.sum(wide, 1)[:, None] / more
+            away = tl.where(live, wide - block_mean, 0.0)
+            apart = block_mean - mean
+            squares += tl.sum(away * away, 1)[:, None] + apart * apart * (count * more / (count + more))
+            mean += apart * (more / (count + more))
+            count += more
+    scale = tl.rsqrt(squares / tl.cast(columns, tl.float32) + eps)
+    for start in range(0, columns, BLOCK):
+        at = start + column
+        live = (row < rows) & (at < columns)
+        if LOOPED:
+            wide = summed(x + at, residual + at, total, live, HAS_RESIDUAL)
+        if HAS_RESIDUAL:
+            tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
+        y = (wide - mean) * scale
+        if HAS_WEIGHT:
+            y *= tl.load(weight + at, mask=at < columns, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            y += tl.load(bias + at, mask=at < columns, other=0.0).to(tl.float32)
+        y = y.to(total.dtype.element_ty)  # without a residual, `total` is x
+        tl.store(out + row * columns + at, y.to(out.dtype.element_ty), mask=live)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dims: int,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(normed, sum or x), contiguous."""
+    total = x
+    if residual is not None:
+        x, residual = torch.broadcast_tensors(x, residual)
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    out = x.new_empty(x.shape, dtype=out_dtype or total.dtype)
+    if out.numel() == 0:
+        return out, total
+    columns = math.prod(x.shape[x.dim() - dims :])
+    rows = out.numel() // columns
+    block, rows_each, warps = _triton.norm_blocks(columns)
+    x, *x_fold = _triton.as_rows(x.flatten(-dims))
+    summand, *r_fold = _triton.as_rows(x if residual is None else residual.flatten(-dims))
+    _layer_norm_kernel[(_triton.ceil_div(rows, rows_each),)](
+        x, summand, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), out, total,
+        rows, columns, eps, *x_fold, *r_fold,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        LOOPED=block < columns, ROWS=rows_each, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return out, total
+
+
+@layer_norm.implementation("triton", opaque=True, when=_triton_objection)
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return _launch(x, None, *rest)[0]
+
+
+@add_layer_norm.implementation("triton", opaque=True, when=_triton_objection)
+def _(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _launch(x, residual, *rest)
+
+
+# Inductor decomposes aten.layer_norm by itself; op by op it is the best there is on a CPU.
 layer_norm.implementation("aten")(layer_norm.reference)
 add_layer_norm.implementation("aten")(add_layer_norm.reference)
+
+
+def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
+    pointers = dict.fromkeys(("x", "residual", "weight", "bias", "out", "total"), f"*{dtype}")
+    numbers = {"rows": "i32", "columns": "i32", "eps": "fp32"}
+    strides = dict.fromkeys(("x_inner", "x_outer", "x_step", "r_inner", "r_outer", "r_step"), "i32")
+    values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "LOOPED": False, "ROWS": 1, **constexprs}
+    return CompileExample(name, _layer_norm_kernel, {**pointers, **numbers, **strides}, values, num_warps=8)
+
+
+COMPILE_EXAMPLES = (
+    _example("1024", "bf16", ROWS=2, BLOCK=1024),
+    _example("no residual, 4096", "fp16", HAS_RESIDUAL=False, BLOCK=4096),
+    _example("looped", "fp32", LOOPED=True, BLOCK=8192),
+)

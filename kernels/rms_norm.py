@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._triton import CompileExample, jit, tl
+from fxopt.kernels._triton import CompileExample, jit, summed, tl
 from fxopt.ops import Target, fused_op
 
 
@@ -53,7 +53,7 @@ def rms_norm(
 
 
 @fused_op(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset=0.0,"
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, Scalar eps, Scalar weight_offset=0.0,"
     " ScalarType? round_to=None, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
     sources=[_triton.__file__],
 )
@@ -166,19 +166,19 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     if HAS_RESIDUAL:
         residual += (row // r_inner) * r_outer + (row % r_inner) * r_step
     live = (row < rows) & (column < columns)
-    wide = _summed(x + column, residual + column, total, live, HAS_RESIDUAL)
+    wide = summed(x + column, residual + column, total, live, HAS_RESIDUAL)
     squares = tl.sum(wide * wide, 1)[:, None]
     if LOOPED:
         for start in range(BLOCK, columns, BLOCK):
             live = (row < rows) & (start + column < columns)
-            wide = _summed(x + start + column, residual + start + column, total, live, HAS_RESIDUAL)
+            wide = summed(x + start + column, residual + start + column, total, live, HAS_RESIDUAL)
             squares += tl.sum(wide * wide, 1)[:, None]
     scale = tl.rsqrt(squares / tl.cast(columns, tl.float32) + eps)
     for start in range(0, columns, BLOCK):
         at = start + column
         live = (row < rows) & (at < columns)
         if LOOPED:
-            wide = _summed(x + at, residual + at, total, live, HAS_RESIDUAL)
+            wide = summed(x + at, residual + at, total, live, HAS_RESIDUAL)
         if HAS_RESIDUAL:
             tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
         normed = wide * scale
@@ -191,16 +191,6 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
                 factor = shifted if ROUND_TO is None else shifted.to(factor.dtype)
             normed = (normed * factor.to(tl.float32)).to(PRODUCT)
         tl.store(out + row * columns + at, normed.to(out.dtype.element_ty), mask=live)
-
-
-@jit
-def _summed(x, residual, total, live, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x, or x + residual rounded to the sum's dtype, in float32; 0 outside of the row."""
-    wide = tl.load(x, mask=live, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        wide += tl.load(residual, mask=live, other=0.0).to(tl.float32)
-        wide = wide.to(total.dtype.element_ty).to(tl.float32)
-    return wide
 
 
 def _launch(
