@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import arguments, is_call, is_widening_cast, users, val
+from fxopt.graph.query import arguments, is_call, val
 from fxopt.graph.symbols import known_equal
 from fxopt.kernels import rms_norm as ops
 from fxopt.match.match import Match
@@ -97,3 +97,38 @@ class FuseRMSNorm(PatternFusion):
             return match.call(ops.rms_norm, match["x"], *arguments)
         both = match.call(ops.add_rms_norm, match["x"], match["residual"], *arguments)
         return tuple(match.item(both, i) for i in range(len(match.outputs)))
+
+    def examples(self) -> Iterable[Example]:
+        """The forms of Llama, OLMo, Gemma, T5; a residual; and what must be refused."""
+        x, w = (lambda: torch.randn(2, 3, 8).bfloat16()), (lambda: torch.randn(8).bfloat16())
+
+        yield Example(lambda x, w: w * _norm(x.float()).to(x.dtype), lambda: (x(), w()), name="Llama")
+        yield Example(lambda x, w: (w * _norm(x.float())).to(x.dtype), lambda: (x(), w()), name="OLMo")
+        yield Example(lambda x, w: (_norm(x.float()) * (1 + w.float())).type_as(x), lambda: (x(), w()), name="Gemma")
+        yield Example(lambda x: _norm(x.float()).type_as(x), lambda: (x(),), name="no weight")
+        yield Example(_t5, lambda: (x(), w()), name="T5")
+        yield Example(_residual, lambda: (x(), x(), w()), name="residual")
+        yield Example(lambda x, w: torch.rms_norm(x, (8,), w), lambda: (x(), w()), name="aten.rms_norm")
+        yield Example(
+            lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6),
+            lambda: (torch.randn(2, 3, 8),),
+            sites=0,
+            refused="reduces over dim 1, the pattern over the last",
+            name="over another dimension",
+        )
+        yield Example(
+            lambda x: _norm(x), lambda: (x(),), sites=0, refused="computed in bfloat16", name="narrow statistics"
+        )
+
+
+def _norm(h: Tensor) -> Tensor:
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def _t5(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(w.dtype)
+
+
+def _residual(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + r
+    return w * _norm(h.float()).to(h.dtype), h

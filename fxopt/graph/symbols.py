@@ -25,6 +25,8 @@ def known_equal(a: Any, b: Any) -> bool:
     """Whether two sizes (or scalars) are equal for every shape that the compiled code will serve."""
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
         return a == b
+    if type(a) is type(b) and a.node.expr == b.node.expr:
+        return True  # a hundred times faster than asking
     return known_true(a == b)
 
 

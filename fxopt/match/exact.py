@@ -3,14 +3,16 @@
 A structural match leaves open what the ops were told: over which dimension, keeping it or not, in which dtype. Here the
 pattern is executed, with the alternatives that were chosen, on the fake values that its variables were bound to, and
 each result is compared with the graph node in its place: the same attributes, the same shape for every size the
-compiled code will serve, and a dtype at least as wide as the pattern's, but no wider than float32 where the pattern's is
-narrower. No guard is added: where a comparison would need one, the match is refused.
+compiled code will serve, and a dtype at least as wide as the pattern's, but no wider than float32 where the pattern's
+is narrower. No guard is added: where a comparison would need one, the match is refused.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,10 +21,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxopt.graph.query import is_tensor, val, widens
-from fxopt.graph.symbols import same_shape
-from fxopt.match.matcher import Found
+from fxopt.graph.symbols import is_static, same_shape
+from fxopt.match.matcher import Found, read_pattern
 from fxopt.match.miss import Miss
-from fxopt.match.pattern import CAST, ONE_OF, UPCAST, Pattern, at_least_float32
+from fxopt.match.pattern import CAST, ONE_OF, UPCAST, Pattern, alternatives, at_least_float32, optional_cast
 from fxopt.match.spelling import DIMENSIONS, REDUCTIONS, canonical_attribute, read
 
 #: attributes that hold sizes of the model: compared by their number, and taken from the graph when the pattern is run
@@ -32,31 +34,76 @@ _SIZES = {"normalized_shape"}
 _IGNORED = {"memory_format", "non_blocking", "copy", "cudnn_enable", "layout", "pin_memory", "device"}
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What running a pattern gave: each node's value as (shape, dtype, device), and where it stopped, if it did."""
+
+    results: dict[Node, Any]
+    stopped: tuple[Node, str] | None = None
+
+
+#: fake mode -> signature of a match -> its run. A model's layers share a signature, and fake ops are slow (1 ms each
+#: with symbolic shapes).
+_runs: WeakKeyDictionary[Any, dict[Any, _Run]] = WeakKeyDictionary()
+
+
 def difference(pattern: Pattern, found: Found) -> Miss | None:
     """Where the graph differs from the pattern run on the matched values, or None if nowhere."""
-    values: dict[Node, Any] = {}
-    for name, variable in pattern.variables.items():
-        if name in found.bindings:
-            values[variable] = val(found.bindings[name])
-    mode = detect_fake_mode([v for v in values.values() if isinstance(v, Tensor)])
+    for node, graph_node in found.pairs.items():
+        if reason := _attributes_differ(node, graph_node):
+            return Miss(reason, graph_node, found.progress)
+    tensors = [v for v in map(val, found.bindings.values()) if isinstance(v, Tensor)]
+    mode = detect_fake_mode(tensors) if tensors else None
     if mode is None:
-        return Miss("no tensor is bound, so that the pattern can't be run", None, found.progress)
-    guards = _no_new_guards(mode.shape_env)
-    with mode, torch.no_grad(), guards:
+        return Miss("no tensor is bound, so that the pattern can't be run", found.at(pattern.root), found.progress)
+    signature = _signature(pattern, found)
+    runs = _runs.setdefault(mode, {})
+    run = runs.get(signature) if signature is not None else None
+    if run is None:
+        run = _run_all(pattern, found, mode)
+        if signature is not None:
+            runs[signature] = run
+    for node, result in run.results.items():
+        if node in found.pairs and (reason := _values_differ(result, found.pairs[node])):
+            return Miss(reason, found.pairs[node], found.progress)
+    if run.stopped is not None:
+        node, error = run.stopped
+        at = found.pairs.get(node) or found.at(pattern.root)
+        return Miss(f"the pattern's {node.name} can't be run on these values: {error}", at, found.progress)
+    return None
+
+
+def _run_all(pattern: Pattern, found: Found, mode: Any) -> _Run:
+    values = {v: val(found.bindings[name]) for name, v in pattern.variables.items() if name in found.bindings}
+    results: dict[Node, Any] = {}
+    with mode, torch.no_grad(), _no_new_guards(mode.shape_env):
         for node in _chosen(pattern, found):
             if node.op == "placeholder":
                 continue
-            graph_node = found.pairs.get(node)
-            if graph_node is not None and (reason := _attributes_differ(node, graph_node)):
-                return Miss(reason, graph_node, found.progress)
             try:
-                values[node] = _run(node, graph_node, values, found)
+                value = values[node] = _run(node, found.pairs.get(node), values, found)
             except Exception as error:  # ops raise anything on operands that don't fit, and a refused guard raises too
-                at = graph_node if graph_node is not None else found.at(pattern.root)
-                return Miss(f"the pattern's {node.name} can't be run on these values: {error}", at, found.progress)
-            if graph_node is not None and (reason := _values_differ(values[node], graph_node)):
-                return Miss(reason, graph_node, found.progress)
-    return None
+                return _Run(results, (node, str(error)))
+            results[node] = (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else None
+    return _Run(results)
+
+
+def _signature(pattern: Pattern, found: Found) -> Any:
+    """All that a run's results depend on; None if that can't be said briefly."""
+    if any(name in _SIZES for node in found.pairs for name in read_pattern(node).attributes):
+        return None
+    bound = []
+    for name in pattern.variables:
+        value = val(found.bindings.get(name))
+        if isinstance(value, Tensor):
+            bound.append((tuple(map(_expression, value.shape)), value.dtype, value.device))
+        else:
+            bound.append(_expression(value))
+    return (pattern.root, tuple(bound), tuple(sorted((k, str(v)) for k, v in found.tags.items())))
+
+
+def _expression(value: Any) -> Any:
+    return value if is_static(value) else (type(value), value.node.expr)
 
 
 def _chosen(pattern: Pattern, found: Found) -> list[Node]:
@@ -73,20 +120,21 @@ def _chosen(pattern: Pattern, found: Found) -> list[Node]:
 
 
 def _choice(node: Node, found: Found) -> Node:
-    tag, names, values = node.args
-    return values[names.index(found.tags[tag])]  # type: ignore[index,union-attr,return-value]
+    tag, names, values = alternatives(node)
+    return values[names.index(found.tags[tag])]
 
 
 def _run(node: Node, graph_node: Node | None, values: dict[Node, Any], found: Found) -> Any:
     if node.target is ONE_OF:
         return values[_choice(node, found)]
     if node.target is CAST:
-        tag, value = node.args
-        dtype = found.tags[tag]  # type: ignore[index]
-        return values[value] if dtype is None else values[value].to(dtype)  # type: ignore[index]
+        tag, value = optional_cast(node)
+        dtype = found.tags[tag]
+        return values[value] if dtype is None else values[value].to(dtype)
     if node.target is UPCAST:
-        value = values[node.args[0]]  # type: ignore[index]
-        return value.to(at_least_float32(value.dtype))
+        wide = values[node.all_input_nodes[0]]
+        return wide.to(at_least_float32(wide.dtype))
+    args: Any
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     schema = getattr(node.target, "_schema", None)
     if schema is not None and graph_node is not None:
@@ -97,7 +145,7 @@ def _run(node: Node, graph_node: Node | None, values: dict[Node, Any], found: Fo
 
 
 def _attributes_differ(node: Node, graph_node: Node) -> str | None:
-    want, given = read(node), read(graph_node)
+    want, given = read_pattern(node), read(graph_node)
     rank = _rank(want.operands)
     graph_rank = _rank(given.operands)
     for name in want.attributes.keys() | given.attributes.keys():
@@ -107,8 +155,9 @@ def _attributes_differ(node: Node, graph_node: Node) -> str | None:
         if name == "dtype" and a is None:
             continue  # what it does is seen in the result's dtype
         if name in _SIZES:
-            if len(a) != len(b):
-                return f"{given.op} over {len(b)} dimensions, the pattern over {len(a)}"
+            over, pattern_over = len(b or ()), len(a or ())
+            if over != pattern_over:
+                return f"{given.op} over {over} dimensions, the pattern over {pattern_over}"
             continue
         a = canonical_attribute(name, a, rank, want.op)
         b = canonical_attribute(name, b, graph_rank, given.op)
@@ -121,18 +170,19 @@ def _attributes_differ(node: Node, graph_node: Node) -> str | None:
 
 def _values_differ(wanted: Any, graph_node: Node) -> str | None:
     given = val(graph_node)
-    if not isinstance(wanted, Tensor) or not isinstance(given, Tensor):
-        return None if type(wanted) is type(given) or not is_tensor(graph_node) else "not a tensor in the pattern"
-    if not same_shape(wanted.shape, given.shape):
-        return f"has shape {_shape(given)}, the pattern {_shape(wanted)}"
-    if wanted.device != given.device:
-        return f"is on {given.device}, the pattern on {wanted.device}"
-    if wanted.dtype == given.dtype:
+    if wanted is None or not isinstance(given, Tensor):
+        return None if wanted is None and not isinstance(given, Tensor) else "one is a tensor, the other is not"
+    shape, dtype, device = wanted
+    if not same_shape(shape, given.shape):
+        return f"has shape {_shape(given.shape)}, the pattern {_shape(shape)}"
+    if device != given.device:
+        return f"is on {given.device}, the pattern on {device}"
+    if dtype == given.dtype:
         return None
-    here, there = (str(t.dtype).removeprefix("torch.") for t in (given, wanted))
-    if not widens(wanted.dtype, given.dtype):
+    here, there = (str(d).removeprefix("torch.") for d in (given.dtype, dtype))
+    if not widens(dtype, given.dtype):
         return f"is computed in {here}, the pattern in {there}"
-    if not widens(given.dtype, at_least_float32(wanted.dtype)):
+    if not widens(given.dtype, at_least_float32(dtype)):
         return f"is computed in {here}, more precisely than the pattern's {there}"
     return None
 
@@ -154,8 +204,8 @@ def _dims(dims: Any, rank: int) -> str:
     return ("dim " if len(dims) == 1 else "dims ") + ", ".join(str(d + rank) if rank + d >= 0 else str(d) for d in dims)
 
 
-def _shape(value: Tensor) -> str:
-    return "[" + ", ".join(str(size) for size in value.shape) + "]"
+def _shape(shape: Any) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
 
 
 def _no_new_guards(shape_env: Any) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ Nothing outside the pattern's reach is looked at: the cost of a search does not 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,11 +23,23 @@ from torch.fx import Node
 from fxopt.graph.query import is_cast, val
 from fxopt.graph.symbols import known_equal
 from fxopt.match.miss import Miss
-from fxopt.match.pattern import CAST, ONE_OF, Pattern
+from fxopt.match.pattern import CAST, ONE_OF, Pattern, alternatives, optional_cast
 from fxopt.match.spelling import Call, consumers, origin, read, sources
 
 #: graph nodes tried as the pattern's first output from one anchor, outermost first
 MAX_ROOTS = 32
+
+
+#: `spelling.read` and `spelling.consumers` of a pattern's nodes, which never change
+read_pattern = functools.lru_cache(maxsize=4096)(read)
+
+
+@functools.lru_cache(maxsize=4096)
+def _above(p: Node) -> tuple[Call, ...]:
+    return tuple(consumers(p))
+
+
+_origin = functools.lru_cache(maxsize=4096)(origin)
 
 
 @dataclass(frozen=True)
@@ -65,10 +78,11 @@ class Matcher:
         self.best: Miss | None = None
         self._names = {node: name for name, node in pattern.variables.items()}
         self._calls: dict[Node, Call] = {}
+        self._above: dict[Node, list[Call]] = {}
 
     def search(self, want: Node, anchor: Node) -> Iterator[Found]:
         """All structural matches in which graph node `anchor` is (part of) pattern node `want`, outermost first."""
-        starts = [call.node for call in self._readings(anchor) if call.op == self.read(want).op]
+        starts = [call.node for call in self._readings(anchor) if call.op == read_pattern(want).op]
         for start in starts:
             assert start is not None
             roots, farthest = self._climb(want, start)
@@ -94,7 +108,7 @@ class Matcher:
         if p in self._names:
             yield from self._bind(p, g, found)
             return
-        p = origin(p)
+        p = _origin(p)
         if p in self._names:
             yield from self._bind(p, g, found)
         elif p.target is ONE_OF:
@@ -115,6 +129,11 @@ class Matcher:
             self._calls[node] = read(node)
         return self._calls[node]
 
+    def _consumers(self, node: Node) -> list[Call]:
+        if node not in self._above:
+            self._above[node] = list(consumers(node))
+        return self._above[node]
+
     def _match_call(self, p: Node, g: Any, found: Found) -> Iterator[Found]:
         chain = sources(g)
         node = chain[-1]
@@ -124,7 +143,7 @@ class Matcher:
             else:
                 self.fail(found, f"{_say(node)} where the pattern uses {found.pairs[p].name} again", node)
             return
-        want = self.read(p)
+        want = read_pattern(p)
         if not isinstance(node, Node) or node.op != "call_function":
             self.fail(found, f"{_say(node)} where the pattern has {want.op}", node)
             return
@@ -156,16 +175,14 @@ class Matcher:
             yield from self._match_all(rest, now)
 
     def _match_one_of(self, p: Node, g: Any, found: Found) -> Iterator[Found]:
-        tag, names, values = p.args
-        assert isinstance(tag, str)
-        for name, value in zip(names, values, strict=True):  # type: ignore[arg-type]
+        tag, names, values = alternatives(p)
+        for name, value in zip(names, values, strict=True):
             if found.tags.get(tag, name) == name:
                 now = replace(found, tags=found.tags | {tag: name}, places=found.places | {p: origin(g)})
                 yield from self.match(value, g, now)
 
     def _match_cast(self, p: Node, g: Any, found: Found) -> Iterator[Found]:
-        tag, value = p.args
-        assert isinstance(tag, str)
+        tag, value = optional_cast(p)
         chain = sources(g)
         node = chain[-1]
         if is_cast(node) and val(node).dtype.is_floating_point and val(node.args[0]).dtype.is_floating_point:
@@ -196,7 +213,7 @@ class Matcher:
             )
 
     def _is_variable(self, p: Any) -> bool:
-        return not isinstance(p, Node) or origin(p) in self._names
+        return not isinstance(p, Node) or _origin(p) in self._names
 
     def _readings(self, anchor: Node) -> list[Call]:
         """The calls that `anchor` is, or is part of."""
@@ -227,14 +244,14 @@ class Matcher:
         return sorted(set(roots), reverse=True), farthest
 
     def _steps_up(self, p: Node, g: Node) -> Iterator[tuple[Node, Node]]:
-        above = list(consumers(g))
+        above = self._consumers(g)
         for user in p.users:
             if user.target is ONE_OF:
                 yield user, g
             elif user.target is CAST:
                 yield user, g
                 yield from ((user, call.node) for call in above if call.op == "cast" and call.node is not None)
-        for want in consumers(p):
+        for want in _above(p):
             assert want.node is not None
             if want.node.target in (ONE_OF, CAST):
                 if want.node not in p.users:  # behind an upcast
@@ -255,7 +272,7 @@ class Matcher:
 
 
 def _real_consumers(p: Node) -> Iterator[Call]:
-    for call in consumers(p):
+    for call in _above(p):
         if call.node is not None and call.node.target in (ONE_OF, CAST):
             yield from _real_consumers(call.node)
         else:
@@ -284,7 +301,9 @@ def _is_number(value: Any) -> bool:
 
 def _is_scalar(value: Any) -> bool:
     found = val(value)
-    return _is_number(found) or isinstance(found, (SymFloat, SymInt)) or (isinstance(found, Tensor) and found.dim() == 0)
+    if isinstance(found, Tensor):
+        return found.dim() == 0
+    return _is_number(found) or isinstance(found, (SymFloat, SymInt))
 
 
 def _same(a: Any, b: Any) -> bool:

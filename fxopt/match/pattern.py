@@ -71,7 +71,7 @@ class PatternError(ValueError):
     """A pattern can't be used; the message says what to write instead."""
 
 
-def OneOf(tag: str, **alternatives: Tensor) -> Tensor:  # noqa: N802
+def OneOf(tag: str, **alternatives: Tensor) -> Tensor:
     """Any of the alternatives (already computed, of one shape), tried in order; `tag` -> the name of the one found."""
     shapes = {tuple(v.shape) for v in alternatives.values()}
     if len(alternatives) < 2 or len(shapes) > 1:
@@ -79,7 +79,7 @@ def OneOf(tag: str, **alternatives: Tensor) -> Tensor:  # noqa: N802
     return ONE_OF(tag, list(alternatives), list(alternatives.values()))
 
 
-def Opt(tag: str, present: Tensor, absent: Tensor) -> Tensor:  # noqa: N802
+def Opt(tag: str, present: Tensor, absent: Tensor) -> Tensor:
     """`present` if the graph has it (`tag` -> "yes"), else `absent` (`tag` -> "no")."""
     return OneOf(tag, yes=present, no=absent)
 
@@ -94,9 +94,21 @@ def upcast(value: Tensor) -> Tensor:
     return UPCAST(value)
 
 
+def alternatives(node: Node) -> tuple[str, list[str], list[Node]]:
+    """Of a OneOf node: its tag, the alternatives' names and values."""
+    tag, names, values = node.args
+    return tag, names, values  # type: ignore[return-value]
+
+
+def optional_cast(node: Node) -> tuple[str, Node]:
+    """Of a `cast` node: its tag and what is cast."""
+    tag, value = node.args
+    return tag, value  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Pattern:
-    """A traced pattern: its graph, its variables by name, the nodes it returns, and the node where a search begins."""
+    """A traced pattern: its graph, its variables by name, and the nodes it returns."""
 
     graph: Graph
     variables: dict[str, Node]
@@ -119,7 +131,7 @@ def trace(function: Callable[..., Any], shapes: Mapping[str, Sequence[int]] | No
     traced = [_trace(function, scalars, dict(shapes or {}), attempt) for attempt in (0, 1)]
     first, second = (list(t.graph.nodes) for t in traced)
     if [n.target for n in first if n.op != "output"] != [n.target for n in second if n.op != "output"]:
-        raise PatternError("the pattern takes another path for another number; give each path its own OneOf alternative")
+        raise PatternError("the pattern takes another path for another number; write each path as an alternative")
     variables = dict(zip(parameters, (n for n in first if n.op == "placeholder"), strict=True))
     for name, kind in scalars.items():
         if kind is not None:
@@ -170,7 +182,7 @@ def _magic(kind: type, name: str, scalars: Mapping[str, type | None], attempt: i
 
 
 def _variable(a: Any, b: Any, node: Node, variables: Mapping[str, Node], scalars: Mapping[str, type | None]) -> Any:
-    """Argument `a` of the first trace, which is `b` in the second, with number variables put in place of their values."""
+    """Argument `a` of the first trace (`b` in the second), with number variables put in place of their values."""
     if isinstance(a, (list, tuple)):
         return type(a)(_variable(x, y, node, variables, scalars) for x, y in zip(a, b, strict=True))
     if isinstance(a, bool) or not isinstance(a, (int, float)):
@@ -219,4 +231,4 @@ def _check_outputs(outputs: tuple[Any, ...]) -> None:
             work += node.all_input_nodes
     for output in outputs:
         if output not in reached or output.op == "placeholder":
-            raise PatternError("every value that a pattern returns must be computed, and lie on the way to the first one")
+            raise PatternError("a pattern must return computed values that lie on the way to the first one")

@@ -25,7 +25,7 @@ from fxopt.match.exact import difference
 from fxopt.match.match import Match
 from fxopt.match.matcher import Found, Matcher
 from fxopt.match.miss import Miss
-from fxopt.match.pattern import CAST, ONE_OF, Pattern, PatternError, trace
+from fxopt.match.pattern import CAST, ONE_OF, Pattern, PatternError, alternatives, trace
 from fxopt.match.spelling import REDUCTIONS, beginnings, origin, read, source
 from fxopt.rewrite.fusion import Fusion
 
@@ -131,7 +131,7 @@ def _mandatory(node: Node) -> set[Node]:
     """The pattern nodes below and at `node` that are in every choice of alternatives."""
     node = origin(node)
     if node.target is ONE_OF:
-        parts = [_mandatory(value) for value in node.args[2]]  # type: ignore[union-attr]
+        parts = [_mandatory(value) for value in alternatives(node)[2]]
         return set.intersection(*parts)
     found = set() if node.target is CAST else {node}
     for below in node.all_input_nodes:

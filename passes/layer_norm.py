@@ -1,0 +1,101 @@
+"""LayerNorm with the residual add before it and the casts around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.graph.query import arguments, is_cast, is_widening_cast, users, val
+from fxopt.graph.symbols import same_shape
+from fxopt.kernels import layer_norm as ops
+from fxopt.match.match import Match
+from fxopt.match.miss import Miss
+from fxopt.passes.residual import with_residual
+from fxopt.rewrite.fusion import Example, Fusion
+
+if TYPE_CHECKING:
+    from fxopt.graph.scope import Scope
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FuseLayerNorm(Fusion):
+    """layer_norm(x + r, w, b)   ->   fxopt::add_layer_norm(x, r, w, b, eps), the sum returned too
+
+    Without a residual add it becomes fxopt::layer_norm. A norm of x.float() that is cast back to x's dtype takes both
+    casts in. Refused where weight or bias don't have the shape of the normalised dimensions.
+    """
+
+    anchors: ClassVar[tuple[Any, ...]] = (aten.layer_norm.default,)
+
+    def find(self, node: Node, scope: Scope) -> Match | Miss | None:
+        """The norm, a cast of x before it and of the result after it, and the residual add."""
+        given = arguments(node)
+        bindings = {"x": given["input"], "eps": given["eps"]}
+        bindings |= {name: given[key] for name, key in (("w", "weight"), ("b", "bias")) if given[key] is not None}
+        match = Match((node,), frozenset({node}), bindings, {"dims": len(given["normalized_shape"])})
+        return with_residual(_with_casts(match))
+
+    def check(self, match: Match) -> Miss | None:
+        """Weight and bias have the shape of the normalised dimensions."""
+        x = match.val("x")
+        rows = x.shape[x.dim() - match.tags["dims"] :]
+        for name in ("w", "b"):
+            value = match.val(name)
+            if value is not None and not same_shape(value.shape, rows):
+                return Miss(f"{name} has shape {list(value.shape)}, x's rows {list(rows)}", match[name])
+        if not x.dtype.is_floating_point:
+            return Miss(f"x is {x.dtype}, not floating point", match["x"])
+        return None
+
+    def rewrite(self, match: Match) -> Node | tuple[Node, ...]:
+        """One call of layer_norm or add_layer_norm."""
+        out = val(match.outputs[0]).dtype
+        arguments = (match.get("w"), match.get("b"), match["eps"], match.tags["dims"], out)
+        if "residual" not in match.bindings:
+            return match.call(ops.layer_norm, match["x"], *arguments)
+        both = match.call(ops.add_layer_norm, match["x"], match["residual"], *arguments)
+        return tuple(match.item(both, i) for i in range(len(match.outputs)))
+
+    def examples(self) -> Iterable[Example]:
+        """With and without affine parameters, over two dimensions, in float32 inside a narrow model."""
+        x, w = (lambda: torch.randn(2, 3, 8)), (lambda: torch.randn(8))
+        norm = torch.nn.functional.layer_norm
+
+        yield Example(lambda x, w, b: norm(x, (8,), w, b), lambda: (x(), w(), w()), name="affine")
+        yield Example(lambda x: norm(x, (3, 8)), lambda: (x(),), name="two dimensions")
+        yield Example(_residual, lambda: (x(), x(), w(), w()), name="residual")
+        yield Example(
+            lambda x: norm(x.float(), (8,)).to(x.dtype), lambda: (x().bfloat16(),), name="float32 inside a narrow model"
+        )
+
+
+def _residual(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + r
+    return torch.nn.functional.layer_norm(h, (8,), w, b), h
+
+
+def _with_casts(match: Match) -> Match:
+    """`match` with x.float() before the norm and the cast back after it taken in, where there are both.
+
+    The op computes in at least float32 and rounds to x's dtype once, so the casts are its own; one without the other
+    would round where the model does not.
+    """
+    (norm,) = match.outputs
+    before, after = match["x"], users(norm)
+    if not is_widening_cast(before) or len(after) != 1 or not is_cast(after[0]):
+        return match
+    (narrow,) = after
+    x = before.args[0]
+    if val(narrow).dtype != val(x).dtype or val(norm).dtype != torch.float32:
+        return match
+    nodes = match.nodes | {narrow}
+    if all(user in nodes for user in users(before)):
+        nodes |= {before}
+    return replace(match, outputs=(narrow,), nodes=nodes, bindings=match.bindings | {"x": x})
