@@ -1,32 +1,400 @@
-"""Does a replacement compute what it replaces? (under construction: metadata first)"""
+"""Does a replacement compute what it replaces? Asked once for each distinct rewrite, before anything uses it.
+
+    metadata     shapes, dtypes, devices, aliases of every replaced value
+    the algebra  original and replacement at small stand-in sizes in float64 (fused ops by their references), on random
+                 and hostile inputs: equal to about 1e-9, or the rewrite is wrong
+    the kernel   the implementation that will run, at its real dtype on its real device: its error against float64 is
+                 at most twice the original's own, plus one unit in the last place
+
+Nothing is specialised, drawn from the global RNG or left behind in the compilation around it. What equal regions gave
+before is looked up (see `verdicts`), so a model of 32 equal layers is checked once.
+"""
 
 from __future__ import annotations
 
-from torch.fx import Node
+import hashlib
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_map
+
+from fxopt.graph.query import is_call, val
 from fxopt.match.match import Match
-from fxopt.rewrite.fusion import Fusion, Verdict
+from fxopt.ops import Implementation, Target, find_op
+from fxopt.rewrite import verdicts
+from fxopt.rewrite.compare import Distance, distance, non_finite
+from fxopt.rewrite.evaluate import CPU, Objection, ShapeMismatch, isolated, promote, run_native, run_promoted
+from fxopt.rewrite.fusion import Fusion, Precision, Verdict
 from fxopt.rewrite.meta_check import alias_difference, check_meta, stride_difference
+from fxopt.rewrite.region import Pair, extract, obstacle, structure
+from fxopt.rewrite.repro import write_repro
+from fxopt.rewrite.standin import Sizes, candidates
+from fxopt.rewrite.trials import Trial, trials
 
 __all__ = ["Verifier", "check_meta", "stride_difference"]
 
+log = logging.getLogger(__name__)
+
+#: the budget for one signature, not applied at level "strict"
+BYTES = 64 << 20
+SECONDS = 0.3
+
+#: how far apart equal algebra may be in float64, relative to the row
+TOLERANCE = 1e-9
+
+_MATMULS = frozenset({"matmul", "mm", "bmm", "linear", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"})
+
 
 class Verifier:
-    """Verifies rewrites at one level: "off", "meta", "numeric" or "strict"."""
+    """Verifies rewrites at one level: "off", "meta", "numeric" or "strict" (numeric without a budget).
 
-    def __init__(self, level: str = "numeric", seed: int = 0) -> None:
+    `training` and `compiled` say how the graph will run, which decides what computes a fused op (see `ops.Target`).
+    """
+
+    def __init__(self, level: str = "numeric", seed: int = 0, *, training: bool = False, compiled: bool = True) -> None:
         self.level = level
         self.seed = seed
+        self.training = training
+        self.compiled = compiled
 
     def verify(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> Verdict:
-        """What is known of replacing `match.outputs` by `replacements`; neither is changed."""
+        """What is known of replacing `match.outputs` by `replacements`; the graph isn't changed.
+
+        To be called when the new nodes are in the graph and the old ones still have their users.
+        """
         if self.level == "off":
             return Verdict("unchecked", "verification is off")
         for old, new in zip(match.outputs, replacements, strict=True):
-            found = check_meta(old, new)
-            if found is not None:
-                return Verdict("failed", f"{new.name} for {old.name}: {found}")
-        found = alias_difference(match.outputs, replacements, match.nodes, match.made)
+            difference = check_meta(old, new)
+            if difference is not None:
+                return Verdict("failed", f"{new.name} in place of {old.name}: {difference}")
+        difference = alias_difference(match.outputs, replacements, match.nodes, match.made)
+        if difference is not None:
+            return Verdict("failed", difference)
+        if self.level == "meta":
+            return Verdict("meta")
+        try:
+            return self._numbers(fusion, match, replacements)
+        except Exception as error:  # whatever goes wrong here must not cost the user the compilation
+            log.warning("verifying %s raised %s: %s", fusion.name, type(error).__name__, error, exc_info=True)
+            return Verdict("unchecked", f"verification raised {type(error).__name__}: {error}")
+
+    def _numbers(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> Verdict:
+        pair = extract(match.outputs, replacements, match.nodes, match.made)
+        found = obstacle(pair)
         if found is not None:
-            return Verdict("failed", found)
-        return Verdict("meta")
+            return Verdict("unchecked", found)
+        target = Target(_device(pair), self.training, self.compiled)
+        chosen = _choose(pair, target)
+        identity, on_disk = _identity(type(fusion))
+        options = [(f.name, getattr(fusion, f.name)) for f in fields(fusion)]
+        how = [(op.name, op.opaque) for op in chosen.values()]
+        signature = structure(pair, (identity, options, self.level, self.seed, how, self.training, _machine(target)))
+        known = verdicts.lookup(signature, disk=on_disk)
+        if known is None:
+            with isolated(target.device):
+                known = torch._dynamo.disable(self._check)(fusion, match, replacements, pair, target, chosen)
+            verdicts.store(signature, known, disk=on_disk)
+        return known
+
+    def _check(
+        self,
+        fusion: Fusion,
+        match: Match,
+        replacements: tuple[Node, ...],
+        pair: Pair,
+        target: Target,
+        chosen: dict[Node, Implementation],
+    ) -> Verdict:
+        failure: _Failure | None = None
+        reason = ""
+        for attempt, scalars in self._attempts(match, replacements, pair):
+            check = _Check(fusion, match, attempt, self)
+            outcome = check.algebra(scalars=scalars)
+            if isinstance(outcome, _Equal):
+                return check.kernel(outcome, target, chosen)
+            if isinstance(outcome, _Failure):
+                failure = failure or outcome
+            else:
+                reason = reason or outcome
+        return Verdict("unchecked", reason) if failure is None else failure.verdict(fusion)
+
+    def _attempts(self, match: Match, replacements: tuple[Node, ...], pair: Pair) -> Iterator[tuple[Pair, bool]]:
+        """Readings of the same rewrite, the plainest first; one under which it holds is enough.
+
+        They differ in what a number that equals a size means, and in whether inputs that both sides read are tied
+        to each other as they are in the graph.
+        """
+        yield pair, False
+        yield pair, True
+        wide = extract(match.outputs, replacements, match.nodes, match.made, widen=True)
+        if wide != pair and obstacle(wide) is None:
+            yield wide, False
+            yield wide, True
+
+
+@dataclass(frozen=True)
+class _Equal:
+    """The algebra holds at `sizes`; `rest` are the candidates not tried."""
+
+    sizes: Sizes
+    rest: tuple[Sizes, ...]
+    error: float
+    trials: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    detail: str
+    pair: Pair
+    sizes: Sizes
+    trial: Trial
+    error: float | None = None
+
+    def verdict(self, fusion: Fusion) -> Verdict:
+        detail = f"{self.detail}; inputs: {self.trial.name}; sizes: {self.sizes}"
+        path = write_repro(fusion.name, detail, self.pair, self.sizes, self.trial)
+        return Verdict("failed", f"{detail}; repro: {path}" if path else detail, self.error)
+
+
+class _Check:
+    """One reading of one rewrite, compared in float64 and then at its own dtypes."""
+
+    def __init__(self, fusion: Fusion, match: Match, pair: Pair, verifier: Verifier) -> None:
+        self.fusion = fusion
+        self.match = match
+        self.pair = pair
+        self.seed = verifier.seed
+        self.strict = verifier.level == "strict"
+
+    def algebra(self, *, scalars: bool) -> _Equal | _Failure | str:
+        """Whether both sides agree in float64 at the first sizes at which they can be run; a reason if none can."""
+        found: _Failure | None = None
+        reason = "no sizes fit the program"
+        options = list(candidates(self.pair, scalars=scalars))
+        symbolic = any(option.symbols for option in options)
+        for i, sizes in enumerate(options):
+            if found is not None and symbolic and not sizes.symbols:
+                break  # to be equal at the example's sizes only is to be wrong
+            over = None if self.strict else _over_budget(self.pair, sizes)
+            if over is not None:
+                reason = f"{reason}; {over}"
+                continue
+            try:
+                outcome = self._compare(sizes)
+            except ShapeMismatch as error:
+                reason = str(error)
+                continue
+            except _Unrunnable as error:
+                reason = str(error)
+                continue
+            if isinstance(outcome, _Failure):
+                found = found or outcome
+                continue
+            return _Equal(sizes, tuple(options[i + 1 :]), *outcome)
+        return found or reason
+
+    def _compare(self, sizes: Sizes) -> _Failure | tuple[float, int]:
+        worst, count = 0.0, 0
+        for trial in trials(self.fusion, self.match, self.pair, sizes, self.seed):
+            values = {n: promote(v) for n, v in trial.values().items()}
+            try:
+                old = self._outputs(run_promoted(self.pair.old, values, sizes, check=count == 0), self.pair.outputs)
+            except ShapeMismatch:
+                raise
+            except Exception as error:
+                raise _Unrunnable(f"the original can't be run in float64: {_one_line(error)}") from error
+            try:
+                new = self._outputs(
+                    run_promoted(self.pair.new, values, sizes, check=count == 0), self.pair.replacements
+                )
+            except Exception as error:
+                return _Failure(f"the replacement raised {_one_line(error)}", self.pair, sizes, trial)
+            for i, (a, b) in enumerate(zip(old, new, strict=True)):
+                apart = distance(a, b)
+                if apart.error > TOLERANCE and not self._within_conditioning(apart, i, a, values, sizes):
+                    where = f"output {i} ({self.pair.outputs[i].name}) {apart.words}"
+                    detail = f"other values in float64: {where}, relative error {apart.error:.3g}"
+                    return _Failure(detail, self.pair, sizes, trial, apart.error)
+                worst = max(worst, apart.error if math.isfinite(apart.error) else 0.0)
+            count += 1
+        return worst, count
+
+    def _within_conditioning(
+        self, apart: Distance, output: int, truth: Any, values: dict[Node, Any], sizes: Sizes
+    ) -> bool:
+        """Whether a difference is no more than what float64's own rounding of ill-conditioned inputs can make."""
+        if not math.isfinite(apart.error) or self.fusion.precision is Precision.APPROXIMATE:
+            return math.isfinite(apart.error)
+        generator = torch.Generator().manual_seed(self.seed)
+        nudged = dict(values)
+        for node, value in values.items():
+            if isinstance(value, Tensor) and value.dtype == torch.float64:
+                nudged[node] = value * (1 + 1e-10 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+        moved = self._outputs(run_promoted(self.pair.old, nudged, sizes, check=False), self.pair.outputs)[output]
+        sensitivity = distance(truth, moved).error
+        # 1e-10 is 4.5e5 units in the last place; a few hundred of them are lost to the order of operations.
+        return math.isfinite(sensitivity) and apart.error <= 1e-3 * sensitivity
+
+    def kernel(self, equal: _Equal, target: Target, chosen: dict[Node, Implementation]) -> Verdict:
+        """The error of what will run, at its own dtypes, against the original's own; both against float64."""
+        holds = f"algebra: {equal.trials} trials within {max(equal.error, 1e-16):.0e} with {equal.sizes}"
+        reason = ""
+        for sizes in (equal.sizes, *equal.rest):
+            if not self.strict and _over_budget(self.pair, sizes) is not None:
+                continue
+            try:
+                found = self._errors(sizes, target, chosen)
+            except (Objection, ShapeMismatch, _Unrunnable) as error:
+                reason = reason or _one_line(error)
+                continue
+            if isinstance(found, _Failure):
+                return found.verdict(self.fusion)
+            how = ", ".join(sorted({i.name for i in chosen.values()})) or "aten"
+            if self.fusion.precision is Precision.APPROXIMATE:
+                return Verdict("meta", f"{holds}; {how}: approximate, error {found:.2g} of the original's", found)
+            return Verdict("equal", f"{holds}; {how}: error {found:.2g} of the original's", found)
+        return Verdict("unchecked", f"{holds}; the kernel did not run: {reason or 'over budget'}")
+
+    def _errors(self, sizes: Sizes, target: Target, chosen: dict[Node, Implementation]) -> _Failure | float:
+        pair, worst = self.pair, 0.0
+        for trial in trials(self.fusion, self.match, pair, sizes, self.seed):
+            if not trial.native:
+                continue
+            values = trial.values()
+            promoted = {n: promote(v) for n, v in values.items()}
+            there = {n: v.to(target.device) if isinstance(v, Tensor) else v for n, v in values.items()}
+            try:
+                truth = self._outputs(run_promoted(pair.old, promoted, sizes, check=True), pair.outputs)
+                old = self._outputs(run_native(pair.old, there, sizes, target.device, {}, target), pair.outputs)
+            except ShapeMismatch:
+                raise
+            except Exception as error:
+                raise _Unrunnable(f"the original can't be run on {target.device}: {_one_line(error)}") from error
+            try:
+                results = run_native(pair.new, there, sizes, target.device, chosen, target)
+                new = self._outputs(results, pair.replacements)
+            except Objection:
+                raise
+            except Exception as error:
+                return _Failure(f"the kernel raised {_one_line(error)}", pair, sizes, trial)
+            for i in range(len(truth)):
+                ratio = self._judge(truth[i], old[i], new[i])
+                if isinstance(ratio, str):
+                    where = f"output {i} ({pair.outputs[i].name})"
+                    return _Failure(f"{where} {ratio}", pair, sizes, trial)
+                worst = max(worst, ratio)
+        return worst
+
+    def _judge(self, truth: Any, old: Any, new: Any) -> float | str:
+        """The new error as a multiple of the original's or of one unit in the last place, or what is wrong."""
+        if not isinstance(truth, Tensor) or not isinstance(new, Tensor):
+            return 0.0 if truth == new else f"is {new}, not {truth}"
+        if new.dtype != old.dtype:
+            return f"is {new.dtype}, not {old.dtype}"
+        if self.fusion.precision is Precision.BITWISE:
+            apart = distance(old, new)
+            return 0.0 if apart.error == 0 else f"is not the same bit for bit: {apart.words}"
+        if not (old.is_floating_point() or old.is_complex()):
+            own = distance(truth, old)
+            apart = distance(truth if own.error == 0 else old, new)
+            return 0.0 if apart.error == 0 else f"differs in integers: {apart.words}"
+        # Where the original overflowed the replacement is free, unless that is what the mathematics says.
+        overflowed = non_finite(old) & ~non_finite(truth)
+        unit = max(torch.finfo(old.dtype).eps, TOLERANCE / 2)
+        before, after = distance(truth, old, overflowed), distance(truth, new, overflowed)
+        ratio = after.error / max(before.error, unit)
+        if not after.error <= 2 * before.error + unit and self.fusion.precision is not Precision.APPROXIMATE:
+            return (
+                f"is less exact than the original: relative error {after.error:.3g}, the original's is "
+                f"{before.error:.3g}, one unit in the last place {unit:.3g}; {after.words}"
+            )
+        return ratio
+
+    @staticmethod
+    def _outputs(values: dict[Node, Any], nodes: Sequence[Node]) -> list[Any]:
+        return [values[n] for n in nodes]
+
+
+class _Unrunnable(Exception):
+    """The original can't be run on made-up values."""
+
+
+def _device(pair: Pair) -> torch.device:
+    devices = [v.device for n in pair.nodes if isinstance(v := val(n), Tensor)]
+    return next((d for d in devices if d.type != "cpu"), CPU)
+
+
+def _choose(pair: Pair, target: Target) -> dict[Node, Implementation]:
+    """What will compute each fused op, at the real sizes."""
+    chosen = {}
+    for node in (*pair.old, *pair.new):
+        op = find_op(node.target)
+        if op is not None and node not in chosen:
+            chosen[node] = op.select(target, *tree_map(val, op.bind(*node.args, **node.kwargs)))[0]
+    return chosen
+
+
+def _over_budget(pair: Pair, sizes: Sizes) -> str | None:
+    elements = flops = 0
+    for node in pair.nodes:
+        for leaf in _tensors(val(node)):
+            count = math.prod(sizes.shape(leaf))
+            elements += count
+            name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+            if name in _MATMULS or find_op(node.target) is not None or is_call(node, torch.ops.aten.convolution):
+                operands = [math.prod(sizes.shape(v)) for a in node.all_input_nodes for v in _tensors(val(a))]
+                # For A [m, k] times B [k, n] this is m · k · n.
+                if len(operands) > 1:
+                    a, b = sorted(operands)[-2:]
+                    flops += 2 * int(math.sqrt(a * b * max(count, 1)))
+    if 2 * 8 * elements > BYTES:
+        return f"{2 * 8 * elements >> 20} MiB at {sizes}, over the budget of {BYTES >> 20} MiB"
+    seconds = 8 * (elements * 2e-8 + flops * 5e-10)
+    if seconds > SECONDS:
+        return f"about {seconds:.1f} s at {sizes}, over the budget of {SECONDS} s"
+    return None
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@lru_cache(maxsize=256)
+def _identity(kind: type[Fusion]) -> tuple[str, bool]:
+    """A fusion class by name and source, and whether that identifies it to other processes."""
+    import inspect
+
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        path = Path(inspect.getsourcefile(kind) or "")
+        return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}", kind.__module__ != "__main__"
+    except (OSError, TypeError):  # typed into a console or notebook
+        return f"{name} {id(kind)}", False
+
+
+@lru_cache(maxsize=16)
+def _machine(target: Target) -> str:
+    """What runs the kernels, and what compared them."""
+    own = hashlib.sha256()
+    for name in sorted(Path(__file__).parent.glob("*.py")):
+        own.update(name.read_bytes())
+    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else target.device.type
+    return f"{torch.__version__} {device} {target.compiled} {own.hexdigest()}"

@@ -1,0 +1,60 @@
+"""Values to compare two functions on: random ones, and the hostile ones that random ones never hit.
+
+This file depends on torch alone: repro scripts carry a copy of it, so that they make the very same values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one input is made; equal draws from equally seeded generators are equal.
+
+    order  dimensions from the farthest apart in memory to the nearest
+    kind   "normal" | "rows" (a quarter of the rows times 1000) | "zeros" | "mask" (0 and -inf, some rows
+           all -inf, some all at the dtype's lowest finite value) | "bool" | "dead" (bool, some rows all False) | "int"
+    low, high  for "int": drawn from low to high - 1
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+    kind: str = "normal"
+    low: int = 0
+    high: int = 2
+
+    def make(self, generator: torch.Generator) -> Tensor:
+        """The tensor, on the CPU."""
+        shape = tuple(self.shape[d] for d in self.order)
+        back = [self.order.index(d) for d in range(len(shape))]
+        return self._dense(shape, generator).permute(back)
+
+    def _dense(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        rows = (*shape[:-1], 1) if shape else ()
+        if self.kind in ("bool", "dead"):
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.7
+            if self.kind == "dead":
+                drawn &= torch.rand(rows, generator=generator, dtype=torch.float64) < 0.7
+            return drawn
+        if self.kind == "int":
+            return torch.randint(self.low, max(self.high, self.low + 1), shape, generator=generator).to(self.dtype)
+        if self.kind == "zeros":
+            return torch.zeros(shape, dtype=self.dtype)
+        if self.kind == "mask":
+            fill = torch.zeros(shape, dtype=torch.float64)
+            fill[torch.rand(shape, generator=generator, dtype=torch.float64) < 0.3] = -math.inf
+            fate = torch.rand(rows, generator=generator, dtype=torch.float64)
+            fill = torch.where(fate < 0.2, -math.inf, fill)
+            return torch.where(fate > 0.8, torch.finfo(self.dtype).min, fill).to(self.dtype)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if self.dtype.is_complex:
+            drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=torch.float64))
+        if self.kind == "rows":
+            drawn = drawn * torch.where(torch.rand(rows, generator=generator, dtype=torch.float64) < 0.25, 1e3, 1.0)
+        return drawn.to(self.dtype)
