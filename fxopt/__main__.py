@@ -1,0 +1,5 @@
+"""`python -m fxopt`: the command line."""
+
+from fxopt.cli import main
+
+main()
