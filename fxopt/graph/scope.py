@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from fxopt.graph.query import is_mutable, users, val
+from fxopt.graph.query import arguments, is_mutable, users, val
 
 StorageId = int
 
@@ -44,8 +44,10 @@ def written_arguments(node: Node) -> list[Node]:
 
 
 def is_random(node: Node) -> bool:
-    """Whether the node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether the node draws random numbers (attention with a drop probability of zero doesn't)."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return arguments(node).get("dropout_p") != 0
 
 
 def is_barrier(node: Node) -> bool:
