@@ -62,7 +62,7 @@ def verdict(verdict: Verdict) -> str:
         bound = "" if verdict.error is None else f", error at most {_error(verdict.error)} times the original's own"
         return f"checked: equal{bound}"
     words = {
-        "meta": "shapes, dtypes and aliasing checked, numbers not",
+        "meta": "shapes, dtypes and aliasing checked, numbers not" if verdict.error is None else "checked: approximate",
         "unchecked": "not checked numerically",
         "failed": "failed verification",
     }.get(verdict.status, verdict.status)
@@ -341,7 +341,7 @@ def _sites(sites: Iterable[Site]) -> list[str]:
             site.implementation,
             site.source,
             site.verdict.status,
-            site.verdict.detail,
+            "" if site.verdict.status == "equal" else site.verdict.detail,  # that says how it was tried
             site.passed_over,
         )
         groups.setdefault(key, []).append(site)

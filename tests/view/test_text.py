@@ -71,6 +71,28 @@ def test_sites_that_differ_in_more_are_told_apart(make):
     assert shown.count("fused: attention") == 2
 
 
+def test_how_an_equal_site_was_checked_does_not_split_a_group(make):
+    sites = [make.site(i, verdict=Verdict("equal", f"{i} trials", 0.5)) for i in range(3)]
+    assert "3 times" in text.explanation(Report([GraphReport("graph 0", normalized=True, sites=sites)]))
+    sites = [make.site(i, verdict=Verdict("unchecked", f"{i} MiB, over the budget")) for i in range(3)]
+    shown = text.explanation(Report([GraphReport("graph 0", normalized=True, sites=sites)]))
+    assert shown.count("over the budget") == 3
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Verdict("equal", "10 trials", 0.25), "checked: equal, error at most 0.25 times the original's own"),
+        (Verdict("meta"), "shapes, dtypes and aliasing checked, numbers not"),
+        (Verdict("meta", "error 3", 3.0), "checked: approximate: error 3"),
+        (Verdict("unchecked", "over budget"), "not checked numerically: over budget"),
+        (Verdict("failed", "0.5 off"), "failed verification: 0.5 off"),
+    ],
+)
+def test_verdict_in_words(verdict, words):
+    assert text.verdict(verdict) == words
+
+
 def test_near_misses_best_first(make):
     rows = text.grouped_misses(
         [make.miss(reason="a", progress=1), make.miss(reason="b", progress=2), make.miss(reason="a", progress=1)]
