@@ -1,0 +1,173 @@
+"""The score program as the fused op's arguments: one scale, one mask, and whether it is causal.
+
+    s·c·d         scale c·d                        s / t           divide q by t (a number known only at run time)
+    s + a + b     mask a + b, in the scores' dtype, so that two finfo.min overflow as they did
+    (s + a) · c   scale c, mask a · c              where(p, s, -inf)   boolean mask p, or where(p, a, -inf)
+    where(p, s, f)  mask where(p, 0, f): f absorbs any score that is added to it, so rows without a live key stay
+                  uniform. A finite f that would not (as -1e4, or finfo(float16).min) is made more negative, which
+                  changes no weight unless something is added afterwards.
+
+Causality is never guessed: only a mask that reads no input is evaluated, and it must be exactly the lower triangle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.graph.query import aten, val
+from fxopt.graph.symbols import Dim, known_equal
+from fxopt.match.axes import Move
+from fxopt.match.match import Match
+from fxopt.match.miss import Miss
+from fxopt.match.region import constant_value
+from fxopt.passes._attention_operands import emit, place_term
+from fxopt.passes._attention_scores import ABSORBING, ROWS, Add, Cast, Fill, Instruction, Scale
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A step on the mask: an instruction and the moves that bring its tensor to the coordinates of the scores."""
+
+    instruction: Instruction
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def tensor(self) -> Node | None:
+        """The tensor that the step adds or fills by."""
+        if isinstance(self.instruction, Add):
+            return self.instruction.term
+        return self.instruction.condition if isinstance(self.instruction, Fill) else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`scale` is a number; `factors` (known at run time only) go to q; `mask` is what makes the mask, in order."""
+
+    scale: float
+    factors: tuple[Scale, ...]
+    mask: tuple[Placed, ...]
+    is_causal: bool
+
+
+def plan(program: Sequence[Instruction], sizes: Sequence[Dim], scales: Sequence[Scale], is_causal: bool) -> Plan | Miss:
+    """What the program amounts to, or why it can't be one scale and one mask."""
+    scale, factors = 1.0, []
+    for factor in [*scales, *(i for i in program if isinstance(i, Scale))]:
+        if isinstance(factor.by, Node):
+            factors.append(factor)
+        else:
+            scale = scale / factor.by if factor.divide else scale * factor.by
+    steps: list[Placed] = []
+    for index, step in enumerate(program):
+        tensor = Placed(step).tensor
+        if tensor is None:
+            if steps:  # before the first mask there is nothing to scale or cast
+                steps.append(Placed(step))
+            continue
+        later = [s for s in program[index + 1 :] if not isinstance(s, (Cast, Fill))]
+        if isinstance(step, Fill) and step.value > ABSORBING:
+            if later:
+                return Miss(f"masked scores are filled with {step.value} and then changed further", tensor)
+            step = replace(step, value=ABSORBING, dtype=torch.promote_types(step.dtype, torch.float32))
+        moved = place_term(val(tensor).shape, step.layout, sizes)  # type: ignore[union-attr]
+        if moved is None:
+            return Miss(f"the mask {tensor.name} can't be brought to [batch, heads, rows, keys]", tensor)
+        steps.append(Placed(step, moved))
+    if not steps or is_causal:
+        return Plan(scale, tuple(factors), tuple(steps), is_causal)
+    alone = sum(s.tensor is not None for s in steps) == 1
+    triangles = [s for s in steps if _is_triangle(s, sizes, alone=alone)]
+    if triangles and not any(isinstance(s.instruction, Scale) for s in steps):
+        return Plan(scale, tuple(factors), tuple(s for s in steps if s is not triangles[0]), True)
+    return Plan(scale, tuple(factors), tuple(steps), False)
+
+
+def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) -> Node | None:
+    """Insert the nodes that make the mask; None if there is none."""
+    mask: Node | None = None
+    summed = sum(isinstance(s.instruction, (Add, Fill)) for s in steps) > 1
+    for step in steps:
+        at = step.instruction
+        if isinstance(at, Fill):
+            mask = _fill(match, mask, at, emit(match, at.condition, step.moves, sources))
+        elif isinstance(at, Add):
+            term = emit(match, at.term, step.moves, sources)
+            if not val(term).is_floating_point() or (summed and val(term).dtype != at.dtype):
+                term = match.call(aten.to.dtype, term, at.dtype)
+            if isinstance(at.alpha, Node) or at.alpha != 1:
+                term = match.call(aten.mul.Tensor, term, at.alpha)
+            mask = term if mask is None else match.call(aten.add.Tensor, _additive(match, mask, at.dtype), term)
+        elif isinstance(at, Cast) and mask is not None and val(mask).dtype != torch.bool:
+            mask = match.call(aten.to.dtype, mask, at.dtype)
+        elif isinstance(at, Scale) and mask is not None and val(mask).dtype != torch.bool:
+            mask = multiply(match, mask, at)
+        elif isinstance(at, Scale) and mask is not None:
+            mask = multiply(match, _additive(match, mask, torch.float32), at)
+    return mask
+
+
+def multiply(match: Match, node: Node, scale: Scale) -> Node:
+    """Insert the multiplication of a tensor by a scale; the tensor keeps its dtype."""
+    by = scale.by
+    if isinstance(val(by), Tensor) and val(by).dim() > 0:
+        by = match.call(aten.reshape.default, by, [])
+    return match.call(aten.div.Tensor if scale.divide else aten.mul.Tensor, node, by)
+
+
+def _fill(match: Match, mask: Node | None, fill: Fill, condition: Node) -> Node:
+    """The mask with positions filled. Stays boolean for as long as nothing but -inf was filled in."""
+    boolean = mask is None or val(mask).dtype == torch.bool
+    if boolean and fill.value == -math.inf:
+        kept = condition if fill.keep else match.call(aten.logical_not.default, condition)
+        return kept if mask is None else match.call(aten.logical_and.default, mask, kept)
+    before: Any = None
+    if mask is not None:
+        before = _additive(match, mask, fill.dtype)
+    else:
+        device = val(condition).device
+        before = match.call(aten.zeros.default, [], dtype=fill.dtype, device=device)
+    if val(before).dtype != fill.dtype:
+        before = match.call(aten.to.dtype, before, fill.dtype)
+    if fill.keep:
+        return match.call(aten.where.ScalarOther, condition, before, fill.value)
+    return match.call(aten.where.ScalarSelf, condition, fill.value, before)
+
+
+def _additive(match: Match, mask: Node, dtype: torch.dtype) -> Node:
+    """A boolean mask as one that is added."""
+    if val(mask).dtype != torch.bool:
+        return mask
+    zero = match.call(aten.zeros.default, [], dtype=dtype, device=val(mask).device)
+    return match.call(aten.where.ScalarOther, mask, zero, -math.inf)
+
+
+def _is_triangle(step: Placed, sizes: Sequence[Dim], *, alone: bool) -> bool:
+    """Whether a mask is a constant that lets row i attend to keys 0 to i and to no other.
+
+    A finite fill is as good as -inf only where no other mask can leave a row without a live key.
+    """
+    at, tensor = step.instruction, step.tensor
+    rows, keys = sizes[ROWS], sizes[ROWS + 1]
+    if tensor is None or step.moves or not (isinstance(rows, int) and isinstance(keys, int) and rows > 0 and keys > 0):
+        return False
+    if val(tensor).dim() < 2 or tuple(val(tensor).shape[-2:]) != (rows, keys):
+        return False
+    value = constant_value(tensor)
+    if value is None:
+        return False
+    lower = torch.ones(rows, keys, dtype=torch.bool).tril()
+    if isinstance(at, Fill):
+        kept = value if at.keep else ~value
+        return bool((kept == lower).all()) and (at.value == -math.inf or (alone and at.value <= ABSORBING))
+    if not isinstance(at, Add) or not known_equal(at.alpha, 1) or not value.is_floating_point():
+        return False
+    below, above = value.masked_select(lower), value.masked_select(~lower)
+    limit = ABSORBING if alone else -math.inf
+    return bool((below == 0).all()) and bool((above <= limit).all())

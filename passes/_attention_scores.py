@@ -1,0 +1,248 @@
+"""What a model does to its attention scores between q kᵀ and the softmax, as a short program.
+
+    scores = scale · q kᵀ, and then any of: scaled again, a tensor added, positions filled, cast, laid out anew
+
+Each step is kept with the layout that the scores had there, over the coordinates [batch, heads, rows, keys] of the
+fused op, so that a mask added to [batch · heads, rows, keys] can be brought to those coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt.graph.query import arguments, aten, is_cast, is_copy, val
+from fxopt.graph.symbols import known_equal, same_shape
+from fxopt.match.axes import Group, Layout, is_layout, through
+from fxopt.match.miss import Miss
+from fxopt.match.region import Step, number
+
+#: the coordinates of the scores
+BATCH, HEADS, ROWS, KEYS = range(4)
+
+#: a fill at least this negative absorbs any score that is added to it, so filling and adding come to the same
+ABSORBING = -1e30
+#: a fill at least this negative leaves a key no weight beside a live one
+NEGLIGIBLE = -1e4
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scores are multiplied (or divided) by a number, a symbolic number or a tensor of one element."""
+
+    by: Any
+    divide: bool = False
+
+
+@dataclass(frozen=True)
+class Add:
+    """`alpha` times a tensor is added; the sum has `dtype`."""
+
+    term: Node
+    alpha: Any
+    dtype: torch.dtype
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Where `condition` is not `keep`, the scores are replaced by `value`."""
+
+    condition: Node
+    keep: bool
+    value: float
+    dtype: torch.dtype
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The scores take another dtype."""
+
+    dtype: torch.dtype
+
+
+Instruction = Scale | Add | Fill | Cast
+
+_ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
+_SUBS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
+_MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+_DIVS = frozenset({aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor})
+_WHERES = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf})
+_FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
+_CLAMPS = frozenset(
+    {
+        aten.clamp.default,
+        aten.clamp.Tensor,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.maximum.default,
+        aten.minimum.default,
+        aten.max.other,
+        aten.min.other,
+    }
+)
+
+
+def read_program(steps: Iterable[Step], layout: Layout) -> tuple[list[Instruction], Layout] | Miss:
+    """The instructions that `steps` amount to and the layout of the scores after them, or why they can't be read."""
+    program: list[Instruction] = []
+    for count, step in enumerate(steps):
+        node = step.node
+        if is_cast(node):
+            program.append(Cast(val(node).dtype))
+        elif is_layout(node) and not step.inner:
+            after = through(node, layout)
+            if after is None:
+                return Miss(f"{node.name} lays the scores out in a way that can't be followed", node, count)
+            layout = after
+        elif not same_shape(val(node).shape, val(step.before).shape):
+            return Miss(f"{node.name} changes the shape of the scores ({_name(node)})", node, count)
+        elif _is_row_shift(step) and is_keys(layout[-1], layout):
+            continue  # softmax doesn't see what is subtracted from a whole row
+        elif step.inner:
+            return Miss(f"the scores enter {node.name} in more than one way", node, count)
+        else:
+            read = _instructions(step, layout)
+            if isinstance(read, str):
+                return Miss(read, node, count)
+            program += read
+    return program, layout
+
+
+def is_keys(group: Group, layout: Layout) -> bool:
+    """Whether a dimension of the scores is the keys: all of them, in order, and nothing else."""
+    axes = [axis for g in layout for axis in g if axis.dim == KEYS]
+    return list(group) == axes and len(axes) <= 1
+
+
+def scalar(value: Any) -> Any:
+    """A factor that is the same for all scores: number, symbolic number, or node of a one-element tensor; or None."""
+    plain = number(value)
+    if plain is not None:
+        return plain
+    tensor = val(value)
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and all(known_equal(n, 1) for n in tensor.shape):
+        return value
+    return None
+
+
+def scaling(node: Node) -> Scale | None:
+    """The scale that `node` applies to its first argument, if that is all it does."""
+    if node.target not in _MULS and node.target not in _DIVS:
+        return None
+    if not isinstance(val(node), Tensor) or val(node).dtype != val(node.args[0]).dtype:
+        return None
+    by = scalar(node.args[1])
+    return None if by is None else Scale(by, node.target in _DIVS)
+
+
+def _instructions(step: Step, layout: Layout) -> list[Instruction] | str:
+    """The instructions of one plain step, or in words why it can't be read."""
+    node, before = step.node, step.before
+    dtype = val(node).dtype
+    positions = [i for i, a in enumerate(node.args) if a is before]
+    if len(positions) != 1:
+        return f"the scores enter {node.name} {len(positions)} times"
+    position = positions[0]
+    if node.target in _ADDS or node.target in _SUBS:
+        return _added(node, position, dtype, layout)
+    if node.target in _MULS or (node.target in _DIVS and position == 0):
+        other = node.args[1 - position]
+        by = scalar(other)
+        if by is None:
+            shape = list(val(other).shape) if isinstance(val(other), Tensor) else val(other)
+            return f"the scores are scaled by the tensor {other} of shape {shape}, not by a number"
+        if by == 0 and node.target in _DIVS:
+            return f"{node.name} divides the scores by zero"
+        return [Scale(by, node.target in _DIVS)]
+    if node.target is aten.neg.default:
+        return [Scale(-1.0)]
+    if node.target in _WHERES or node.target in _FILLS:
+        return _filled(node, position, dtype, layout)
+    if node.target is aten.tanh.default:
+        return "the scores are soft-capped (tanh), which this fusion does not do"
+    if node.target in _CLAMPS:
+        return f"the scores are clamped ({_name(node)})"
+    if node.target is aten.cat.default:
+        return "extra columns (sinks, or blocks of scores) are concatenated to the scores"
+    if node.target is aten.dropout.default:
+        return "dropout is active on the scores"
+    return f"the scores go through {_name(node)}"
+
+
+def _added(node: Node, position: int, dtype: torch.dtype, layout: Layout) -> list[Instruction] | str:
+    given = list(arguments(node).values())
+    other, sign = given[1 - position], -1 if node.target in _SUBS else 1
+    alpha = number(given[2])
+    if alpha is None:
+        return f"{node.name} has an alpha that is not a number"
+    program: list[Instruction] = []
+    if position == 1:  # other ± alpha · scores
+        if sign * alpha != 1:
+            program.append(Scale(sign * alpha))
+        factor = 1
+    else:
+        factor = sign * alpha
+    plain = number(other)
+    if plain is not None:
+        if not isinstance(plain, Node) and not math.isfinite(plain):
+            return f"{node.name} adds {plain}"
+        return program  # softmax doesn't see a number added to all scores
+    if not isinstance(val(other), Tensor) or val(other).is_complex():
+        return f"{node.name} adds something that is no real tensor"
+    return [*program, Add(other, factor, dtype, layout)]
+
+
+def _filled(node: Node, position: int, dtype: torch.dtype, layout: Layout) -> list[Instruction] | str:
+    if node.target in _FILLS:
+        condition, filling, keep = node.args[1], node.args[2], False
+        if position != 0:
+            return f"the scores are an operand of {node.name} other than its first"
+    elif position == 0:
+        return f"the scores are the condition of {node.name}"
+    else:
+        condition, filling, keep = node.args[0], node.args[3 - position], position == 1
+    value = number(filling)
+    if value is None or isinstance(value, Node):
+        return f"{node.name} fills with {filling}, whose value is not known"
+    if not isinstance(condition, Node) or val(condition).dtype != torch.bool:
+        return f"the condition of {node.name} is not a boolean tensor"
+    value = torch.tensor(float(value), dtype=torch.float64).to(dtype).item()
+    if not value <= NEGLIGIBLE:
+        return f"{node.name} fills masked scores with {value}, which leaves them weight"
+    return [Fill(condition, keep, value, dtype, layout)]
+
+
+def _is_row_shift(step: Step) -> bool:
+    """Whether the step subtracts each row's own maximum (over the keys, kept as a dimension)."""
+    node = step.node
+    if node.target not in _SUBS or not step.inner or node.args[0] is not step.before:
+        return False
+    if arguments(node).get("alpha", 1) != 1 or step.others:
+        return False
+    shift = node.args[1]
+    while isinstance(shift, Node) and (is_copy(shift) or shift.target is aten.detach.default):
+        shift = shift.args[0]
+    if not isinstance(shift, Node):
+        return False
+    dims: Any = None
+    if shift.target is aten.amax.default:
+        dims, source, keepdim = arguments(shift)["dim"], shift.args[0], arguments(shift)["keepdim"]
+    elif isinstance(shift.args[0], Node) and shift.args[0].target is aten.max.dim and shift.args[1] == 0:
+        reduction = shift.args[0]
+        dims, source, keepdim = [arguments(reduction)["dim"]], reduction.args[0], arguments(reduction)["keepdim"]
+    else:
+        return False
+    last = val(step.before).dim() - 1
+    return source is step.before and bool(keepdim) and [d % (last + 1) for d in dims] == [last]
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
