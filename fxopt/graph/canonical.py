@@ -70,7 +70,7 @@ def _identity(node: Node, written: frozenset[int]) -> Node | None:
     if not _same_kind(before, after):
         return None
     if node.target in _CASTING:
-        return source if storages(node) == storages(source) else None
+        return None if arguments(node).get("copy") or arguments(node).get("memory_format") else source
     if node.target is aten.contiguous.default:
         return source if storages(node) == storages(source) else None
     if is_reshape(node) or node.target in _EXPANDS:

@@ -1,0 +1,53 @@
+"""Timing on a GPU: CUDA events, medians, and the physical limits that the figures are held against."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def milliseconds(run: Callable[[], Any], *, warmup: int = 5, repeats: int = 30) -> float:
+    """Median time of one call, with the launch queue kept full (host time shows only where it is the limit)."""
+    for _ in range(warmup):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def graph_milliseconds(runs: list[Callable[[], Any]], *, replays: int = 20) -> float:
+    """Median time of one of `runs` inside a CUDA graph that holds them all (give each its own buffers: cold caches)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return milliseconds(graph.replay, repeats=replays) / len(runs)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large device-to-device copy, read and write counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (milliseconds(lambda: target.copy_(source)) * 1e-3)
+
+
+def matmul_rate() -> float:
+    """FLOP per second of an 8192-cubed bf16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / (milliseconds(lambda: a @ b) * 1e-3)
