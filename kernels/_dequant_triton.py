@@ -26,7 +26,7 @@ _MANTISSA = tl.constexpr(0x4B000000) if tl is not None else 0x4B000000  # bits o
 
 
 @jit
-def _value(word, shift, base, BITS: tl.constexpr):
+def _value(word, shift, base, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The BITS bits of `word` from `shift` on as float32, less `base` - 2^23. An int8 has 128 added to it."""
     bits = (word >> shift) & ((1 << BITS) - 1)
     if BITS == 8:
@@ -35,13 +35,13 @@ def _value(word, shift, base, BITS: tl.constexpr):
 
 
 @jit
-def _affine(pointer, n, group, stride_n, stride_g, mask):
+def _affine(pointer, n, group, stride_n, stride_g, mask):  # type: ignore[no-untyped-def]
     """One entry a group as float32."""
     return tl.load(pointer + n.to(tl.int64) * stride_n + group * stride_g, mask=mask, other=0).to(tl.float32)
 
 
 @jit
-def _gemv(
+def _gemv(  # type: ignore[no-untyped-def]
     x, w, scale, zero, minimum, bias, out, N, J,
     x_k, w_n, w_j, s_n, s_g, z_n, z_g, m_n, m_g,
     GROUP: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr, HIGH: tl.constexpr,
@@ -97,7 +97,7 @@ def _gemv(
 
 
 @jit
-def _tile(
+def _tile(  # type: ignore[no-untyped-def]
     x, w, scale, zero, minimum, bias, out, M, N, K,
     x_m, x_k, w_n, w_j, s_n, s_g, z_n, z_g, m_n, m_g,
     GROUP: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr, HIGH: tl.constexpr,
