@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dynamo import external_utils
 from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch._dynamo.utils import graph_break_reasons
 from torch.fx import GraphModule
@@ -72,8 +73,9 @@ def _compile(model: Callable[..., Any]) -> Callable[..., Any]:
     def frame(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # "self": names then read as in a module
         return self(*args, **kwargs)
 
-    # Dynamo caches per code object, and remembers the shapes seen per name: both are new at each call.
-    code = frame.__code__.replace(co_name=f"explained_{next(_explained)}")
+    # Dynamo caches per code object, and remembers the shapes seen per name: both are new at each call. It leaves frames
+    # of its own wrappers out of stack traces; in their file's name, no node seems to come from here.
+    code = frame.__code__.replace(co_name=f"explained_{next(_explained)}", co_filename=external_utils.__file__)
     # torch 2.13 can also keep the pieces of a broken graph from counting towards the user's recompile limit.
     known = inspect.signature(torch.compile).parameters
     isolated: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}

@@ -156,6 +156,14 @@ def test_explaining_often_does_not_use_up_the_recompile_limit(no_inductor):
     assert len(set(counts)) == 1
 
 
+def test_code_from_no_file_is_not_said_to_come_from_here(no_inductor):
+    scope = {}
+    exec("def inner(x):\n    return x.cos().relu()\ndef outer(x):\n    return inner(x)", scope)
+    shown = str(explain(scope["outer"], X))
+    assert "fused: relu_cos" in shown
+    assert "at source line unknown" in shown
+
+
 def test_random_state_and_grad_mode_are_the_callers(no_inductor):
     modes = []
 
