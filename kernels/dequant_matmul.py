@@ -157,6 +157,8 @@ def _int8pack_fits(target: Target, x: Tensor, weight: Tensor, scale: Tensor, bia
         return f"aten._weight_int8pack_mm needs K in multiples of 32; K is {weight.shape[1]}"
     if not weight.is_contiguous():
         return "aten._weight_int8pack_mm needs a contiguous weight"
+    if x.dtype == torch.float16 and scale.dtype != torch.float16:
+        return "aten._weight_int8pack_mm without its scale can overflow float16"
     rows = hint(x.numel() // weight.shape[1])
     if rows > 8:
         return f"aten._weight_int8pack_mm pays up to 8 rows; there are {rows}"
@@ -166,16 +168,29 @@ def _int8pack_fits(target: Target, x: Tensor, weight: Tensor, scale: Tensor, bia
 @int8_matmul.implementation("aten", when=_int8pack_fits)
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     n, k = weight.shape
-    rows = x.reshape(-1, k)
-    if scale.dtype == x.dtype and bias is None:
-        y = torch.ops.aten._weight_int8pack_mm(rows, weight, scale.contiguous())
-    else:  # its scale has x's dtype: a wider one is applied after the product
-        y = torch.ops.aten._weight_int8pack_mm(rows, weight, torch.ones(n, dtype=x.dtype, device=x.device))
-        y = y.to(torch.float32) * scale.to(torch.float32)
-        y = (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
+    rows = x.reshape(-1, k).contiguous()
+    inside = scale.dtype == x.dtype  # the op takes a scale of x's dtype only; a wider one is applied after it
+    factor = scale.contiguous() if inside else torch.ones(n, dtype=x.dtype, device=x.device)
+    y = torch.ops.aten._weight_int8pack_mm(rows, weight, factor)
+    y = _scaled(y, None if inside else scale, bias)
     return y.reshape(*x.shape[:-1], n)
 
 
-# What Inductor fuses best is the reference itself: its dequantisation is pointwise and ends in one plain matmul.
-int8_matmul.implementation("decomposed")(int8_matmul.reference)
+@int8_matmul.implementation("decomposed")
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.dtype == torch.float16:  # unscaled sums of int8 products overflow it
+        return int8_matmul.reference(x, weight, scale, bias)
+    return _scaled(F.linear(x, weight.to(x.dtype)), scale, bias)
+
+
+def _scaled(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * scale + bias, rounded once."""
+    if scale is None and bias is None:
+        return y
+    wide = y.to(_wide(y.dtype))
+    wide = wide if scale is None else wide * scale.to(wide.dtype)
+    return (wide if bias is None else wide + bias.to(wide.dtype)).to(y.dtype)
+
+
+# What Inductor fuses best is the reference: its dequantisation is pointwise and ends in one plain matmul.
 int4_matmul.implementation("decomposed")(int4_matmul.reference)

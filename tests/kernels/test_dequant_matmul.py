@@ -153,7 +153,21 @@ def test_leading_dimensions(triton_device):
 def test_int8_aten(check, dtype, m):
     for bias in (False, True):
         check(int8_matmul, "aten", int8_case(m, 48, 256, dtype, bias))
-        check(int8_matmul, "aten", int8_case(m, 48, 256, dtype, bias, torch.float32))
+        if dtype == torch.bfloat16:
+            check(int8_matmul, "aten", int8_case(m, 48, 256, dtype, bias, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_decomposed(check, dtype):
+    for bias in (False, True):
+        check(int8_matmul, "decomposed", int8_case(5, 48, 256, dtype, bias, torch.float32))
+
+
+def test_float16_sums_do_not_overflow():
+    x, weight = torch.full((2, 4096), 8.0).half(), torch.full((32, 4096), 127, dtype=torch.int8)
+    for scale in (torch.full((32,), 1e-3), torch.full((32,), 1e-3).half()):
+        assert int8_matmul(x, weight, scale).isfinite().all()
+        assert int8_matmul.run("decomposed", x, weight, scale).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -162,6 +176,7 @@ def test_int8_aten(check, dtype, m):
         (int8_case(1, 16, 64, torch.float32), "16-bit x only"),
         (int8_case(1, 16, 63, torch.bfloat16), "multiples of 32"),  # it crashes there
         (int8_case(9, 16, 64, torch.bfloat16), "up to 8 rows"),
+        (int8_case(1, 16, 64, torch.float16, scale_dtype=torch.float32), "overflow float16"),
     ],
 )
 def test_aten_is_not_used_where_it_is_slow_or_unsafe(args, objection):
