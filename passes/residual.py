@@ -10,6 +10,7 @@ from torch.fx import Node
 from fxopt.graph.query import arguments, is_call, is_tensor, users, val
 from fxopt.graph.symbols import same_shape
 from fxopt.match.match import Match
+from fxopt.match.spelling import origin
 
 aten = torch.ops.aten
 
@@ -21,11 +22,11 @@ def with_residual(match: Match) -> Match:
     earlier: the residual stream was there before the branch that is added to it.
     """
     total = match["x"]
-    if not is_call(total, aten.add.Tensor):
+    if not is_call(total, aten.add.Tensor) or _shared_copies(match, total):
         return match
     given = arguments(total)
     a, b = given["self"], given["other"]
-    if given["alpha"] != 1 or not (is_tensor(a) and is_tensor(b)) or not _alike(a, b) or a is b:
+    if given["alpha"] != 1 or not (is_tensor(a) and is_tensor(b)) or a is b or not _alike(a, b):
         return match
     residual, x = sorted((a, b))
     used_elsewhere = any(user not in match.nodes for user in users(total))
@@ -35,6 +36,16 @@ def with_residual(match: Match) -> Match:
         nodes=match.nodes | {total},
         bindings=match.bindings | {"x": x, "residual": residual},
     )
+
+
+def _shared_copies(match: Match, total: Node) -> bool:
+    """Whether the norm reads the sum through a cast or copy that others use too.
+
+    It would have to stand both after the norm, which makes the sum, and before it, which reads the copy: the sum stays
+    where it is.
+    """
+    read = {source for node in match.nodes for source in node.all_input_nodes} - match.nodes
+    return any(source is not total and origin(source) is total for source in read)
 
 
 def _alike(a: Node, b: Node) -> bool:

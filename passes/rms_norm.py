@@ -43,7 +43,8 @@ class FuseRMSNorm(PatternFusion):
         """The norm in all its forms."""
         h = upcast(x)
         v = h.pow(2).mean(-1, keepdim=True) + eps
-        n = OneOf("root", rsqrt=h * cast("round_root", torch.rsqrt(v)), sqrt=h / cast("round_root", torch.sqrt(v)))
+        # x, not h: where the root is rounded first, DeepSeek multiplies in x's own dtype.
+        n = OneOf("root", rsqrt=x * cast("round_root", torch.rsqrt(v)), sqrt=x / cast("round_root", torch.sqrt(v)))
         n = cast("round_to", n)
         return cast("out", OneOf("weight", offset=n * (w + offset), plain=n * w, none=n))
 

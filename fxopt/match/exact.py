@@ -148,7 +148,7 @@ def _attributes_differ(node: Node, graph_node: Node) -> str | None:
     want, given = read_pattern(node), read(graph_node)
     rank = _rank(want.operands)
     graph_rank = _rank(given.operands)
-    for name in want.attributes.keys() | given.attributes.keys():
+    for name in dict.fromkeys([*want.attributes, *given.attributes]):
         if name in _IGNORED:
             continue
         a, b = want.attributes.get(name), given.attributes.get(name)

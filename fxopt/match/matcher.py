@@ -162,7 +162,7 @@ class Matcher:
             for order in operands:
                 yield from self._match_all(order, now)
             return
-        self.fail(found, f"{_describe(self.read(node))} where the pattern has {want.op}", node)
+        self.fail(found, f"{_say(node)} where the pattern has {want.op}", node)
 
     def _match_all(self, operands: Sequence[tuple[Any, Any]], found: Found) -> Iterator[Found]:
         if not operands:
@@ -317,7 +317,7 @@ def _same(a: Any, b: Any) -> bool:
 def _describe(call: Call) -> str:
     """A call in words, with what tells it from a similar one."""
     if call.op == "pow":
-        return f"pow {_say(call.operands[1])}"
+        return f"pow with {_say(call.operands[1])}"
     if call.op == "cast":
         return f"a cast to {str(call.attributes['dtype']).removeprefix('torch.')}"
     return call.op

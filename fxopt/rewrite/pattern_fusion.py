@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fxopt.graph.scope import Scope
 
 #: fewer pattern nodes than this in common is no near miss, only another program
-NEAR = 3
+NEAR = 2
 
 #: ops of which models have many: a search does not begin at them if the pattern has another
 _COMMON = ("add", "mul", "sub", "div", "cast", "permute", "reshape", "unsqueeze", "expand", "getitem", "neg")
