@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 
 from fxopt.graph.query import aten, val
+from fxopt.graph.symbols import is_static
 from fxopt.ops import Implementation, Target, find_op
 from fxopt.rewrite.standin import Sizes
 
@@ -131,9 +132,10 @@ def _reference(node: Node, args: Any, kwargs: Any) -> Any:
     if op is not None:
         return op.reference(*op.bind(*args, **kwargs))
     if node.target is aten.rms_norm.default and (len(args) < 4 or args[3] is None) and kwargs.get("eps") is None:
-        # The default eps is that of the dtype, and this is another one now.
+        # The default eps is that of the dtype it computes in (at least float32), and this is another one now.
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
-        return node.target(args[0], args[1], weight, torch.finfo(val(node.args[0]).dtype).eps)
+        wide = val(node.args[0]).dtype == torch.float64
+        return node.target(args[0], args[1], weight, torch.finfo(torch.float64 if wide else torch.float32).eps)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -149,10 +151,18 @@ def _run(
     values = dict(values)
     for node in nodes:
         args, kwargs = sizes.arguments(node, values, device)
+        if node.target is aten.scaled_dot_product_attention.default and kwargs.get("scale") is None:
+            # The default scale is that of the real width, wherever the other side has it as a number.
+            kwargs = kwargs | {"scale": _default_scale(val(node.args[0]), sizes)}
         values[node] = call(node, args, kwargs)
         if check:
             _check_shape(node, val(node), values[node], sizes)
     return values
+
+
+def _default_scale(query: Tensor, sizes: Sizes) -> float:
+    width = query.shape[-1]
+    return float((width if is_static(width) else sizes.size(width)) ** -0.5)
 
 
 def _check_shape(node: Node, expected: Any, found: Any, sizes: Sizes) -> None:

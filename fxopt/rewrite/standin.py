@@ -150,6 +150,16 @@ def candidates(pair: Pair, *, scalars: bool = False) -> Iterator[Sizes]:
     yield Sizes()
 
 
+def full_width(pair: Pair) -> Iterator[Sizes]:
+    """Sizes at which rounding errors grow as they do in use: the real ones, or with fewer rows of the real width."""
+    yield Sizes()
+    facts = _Facts.of(pair)
+    widths = {val(n).shape[-1] for n in pair.inputs if isinstance(val(n), Tensor) and val(n).dim()}
+    thin = {size: small for size, small in facts.free().items() if size not in widths}
+    if thin or facts.symbols:
+        yield Sizes(thin, facts.symbol_values([*facts.sizes, *thin.values()], KEEP, 4))
+
+
 @dataclass
 class _Facts:
     """What the sizes of a program are and how they are related."""
