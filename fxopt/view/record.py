@@ -56,7 +56,10 @@ def publish(graph: GraphReport) -> None:
         log.info("%s passed through: %s", graph.name, graph.reason)
     else:
         log.info("%s: %d sites, %d near misses", graph.name, len(graph.sites), len(graph.misses))
-    trace.artifacts(graph)
+    try:
+        trace.artifacts(graph)
+    except Exception:  # a report that can't be told must not cost the user the compilation
+        log.warning("%s could not be written to torch's trace", graph.name, exc_info=True)
 
 
 def forget() -> None:

@@ -107,6 +107,11 @@ class Report:
 
         return load(path)
 
+    def _repr_html_(self) -> str:
+        from fxopt.view.save import frame
+
+        return frame(self)  # what a notebook shows
+
     def __repr__(self) -> str:
         from fxopt.view.text import summary
 

@@ -6,6 +6,7 @@ A file appears whole or not at all: it is written beside its place under another
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import os
@@ -98,6 +99,11 @@ def page(report: Report) -> str:
         misses=text.grouped_misses(report.misses),
         generated=any(graph.generated for graph in report.graphs),
     )
+
+
+def frame(report: Report) -> str:
+    """The page inside of a sandboxed frame, for notebooks: its style stays within, and it can reach nothing outside."""
+    return f'<iframe sandbox="" srcdoc="{html.escape(page(report))}" style="width:100%;height:40rem;border:0"></iframe>'
 
 
 def _json(report: Report) -> str:

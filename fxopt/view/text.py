@@ -223,7 +223,7 @@ def table(report: Report) -> RenderableType:
                         str(r.sites),
                         _list(r.implementations),
                         _list(r.verdicts),
-                        _error(r.error),
+                        _error(r.error) + ("x" if r.error is not None else ""),
                         duration(r.seconds),
                     )
                     for r in rows

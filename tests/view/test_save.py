@@ -185,3 +185,11 @@ def test_hostile_strings_stay_text_in_the_page(hostile, tmp_path):
     assert page.text.count("</script></pre><b>bold</b>") >= 20
     assert "{{ 7 * 7 }}" in page.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", html)
+
+
+def test_notebook_shows_the_page_in_a_sandboxed_frame(hostile):
+    frame = Page(hostile._repr_html_())
+    assert frame.tags == ["iframe"]
+    attributes = dict(frame.attributes)
+    assert attributes["sandbox"] == ""
+    assert attributes["srcdoc"] == save.page(hostile)

@@ -54,3 +54,9 @@ def test_a_handler_without_a_folder_does_not_listen(trace):
     assert not recording()
     publish(GraphReport("graph 0"))
     assert not trace.artifacts
+
+
+def test_a_report_that_cannot_be_told_costs_nothing(trace, monkeypatch, caplog):
+    monkeypatch.setattr("fxopt.view.text.explanation", lambda *_: 1 / 0)
+    publish(GraphReport("graph 0"))
+    assert "could not be written" in caplog.text
