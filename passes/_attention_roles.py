@@ -65,10 +65,8 @@ def read_softmax(softmax: Node) -> Roles | Miss | None:
     if scores is None:
         return None
     ahead = _weights_product(softmax)
-    if ahead is None or isinstance(ahead, Miss):
-        return ahead
-    output, path = ahead
-
+    if ahead is None:
+        return None
     rank = val(softmax).dim()
     if given["dim"] % rank != rank - 1:
         return Miss(f"the softmax is over dimension {given['dim'] % rank} of {rank}, not the last", softmax, 2)
@@ -88,6 +86,9 @@ def read_softmax(softmax: Node) -> Roles | Miss | None:
     progress = 2 + len(steps)
     if val(softmax).dtype != val(scores_end).dtype:  # softmax.int(x, dim, dtype)
         program.append(Cast(val(softmax).dtype))
+    if isinstance(ahead, Miss):
+        return replace(ahead, progress=progress)
+    output, path = ahead
     if not is_keys(layout[-1], layout):
         return Miss("the softmax is not over the keys: the scores were laid out anew before it", softmax, progress)
     for node in path:
@@ -103,8 +104,8 @@ def read_softmax(softmax: Node) -> Roles | Miss | None:
     if torch.float64 in wide and torch.float64 not in {val(lhs).dtype, val(output).dtype}:
         return Miss("the scores are computed in float64, wider than the fused op would", scores, progress)
     region = {scores, softmax, output, *path, *(n for s in steps for n in (*s.inner, s.node))}
-    value_frame = Frame(lead, frame.batch, frame.heads)
-    operands = _operands(lhs, rhs, output.args[1], frame, value_frame, region, transposed=True, casts=val(output).dtype)
+    frames = (frame, frame, Frame(lead, frame.batch, frame.heads))
+    operands = _operands(lhs, rhs, output.args[1], frames, region, transposed=True, casts=val(output).dtype)
     if isinstance(operands, Miss):
         return replace(operands, progress=progress)
     q, k, v = operands
@@ -121,6 +122,8 @@ def read_sdpa(node: Node) -> Roles | Miss:
         return Miss(f"dropout is active (dropout_p={given['dropout_p']})", node, 1)
     if any(val(x).dim() < 2 for x in (q, k, v)):
         return Miss("the operands have fewer than two dimensions", node, 1)
+    if not known_equal(val(k).shape[-2], val(v).shape[-2]):
+        return Miss("k and v are not known to be of the same length", node, 1)
     lead = tuple(val(node).shape[:-2])
     frame = _split(lead)
     sizes = (frame.batch, frame.heads, val(q).shape[-2], val(k).shape[-2])
@@ -138,7 +141,12 @@ def read_sdpa(node: Node) -> Roles | Miss:
         program.append(Fill(mask, True, -math.inf, val(q).dtype, layout))
     elif mask is not None:
         program.append(Add(mask, 1, val(q).dtype, layout))
-    operands = _operands(q, k, v, frame, frame, {node}, transposed=False, casts=None)
+    own = frame  # of k and v
+    if given["enable_gqa"] and not known_equal(val(k).shape[-3], frame.heads):
+        if len(lead) != 2:
+            return Miss(f"grouped heads in {len(lead) + 2} dimensions", node, 1)
+        own = _split((lead[0], val(k).shape[-3]))
+    operands = _operands(q, k, v, (frame, own, own), {node}, transposed=False, casts=None)
     if isinstance(operands, Miss):
         return operands
     covered = frozenset({node}.union(*(o.covered for o in operands)))
@@ -232,8 +240,7 @@ def _operands(
     lhs: Any,
     rhs: Any,
     values: Any,
-    frame: Frame,
-    value_frame: Frame,
+    frames: tuple[Frame, Frame, Frame],
     region: set[Node],
     *,
     transposed: bool,
@@ -244,26 +251,19 @@ def _operands(
 
     def placed(grouped: bool, widened: bool) -> tuple[Operand | None, Operand | None, Operand | None]:
         return (
-            place(lhs, frame, region, scaled=scaled, casts=widened),
-            place(rhs, frame, region, transposed=transposed, grouped=grouped, scaled=scaled, casts=widened),
-            place(values, value_frame, region, grouped=grouped),
+            place(lhs, frames[0], region, scaled=scaled, casts=widened),
+            place(rhs, frames[1], region, transposed=transposed, grouped=grouped, scaled=scaled, casts=widened),
+            place(values, frames[2], region, grouped=grouped),
         )
 
     for grouped, widened in ((True, True), (True, False), (False, True), (False, False)):
-        if widened and casts is None:
-            continue
-        q, k, v = placed(grouped, widened)
-        for operand, name in ((q, "q"), (k, "k"), (v, "v")):
-            if operand is None and not grouped and not widened:
-                return Miss(f"{name} can't be brought to [batch, heads, rows, width]", _node(lhs))
+        q, k, v = placed(grouped, widened) if not widened or casts is not None else (None, None, None)
         if q is None or k is None or v is None or not known_equal(k.heads, v.heads):
             continue
-        if widened and {val(q.base).dtype, val(k.base).dtype} != {casts}:
-            continue
-        return q, k, v
-    return Miss("k and v can't be given the same heads", values)
-
-
-def _node(node: Any) -> Node | None:
-    """The node, if it is one."""
-    return node if isinstance(node, Node) else None
+        if not widened or {val(q.base).dtype, val(k.base).dtype} == {casts}:
+            return q, k, v
+    q, k, v = placed(False, False)
+    for operand, end, name in ((q, lhs, "q"), (k, rhs, "k"), (v, values, "v")):
+        if operand is None:
+            return Miss(f"{name} can't be brought to [batch, heads, rows, width]", end)
+    return Miss("k and v have different heads", values)

@@ -21,7 +21,7 @@ from fxopt.graph.query import arguments, aten, is_cast, is_copy, val
 from fxopt.graph.symbols import known_equal, same_shape
 from fxopt.match.axes import Group, Layout, is_layout, through
 from fxopt.match.miss import Miss
-from fxopt.match.region import Step, number
+from fxopt.match.region import Step, constant_value, number
 
 #: the coordinates of the scores
 BATCH, HEADS, ROWS, KEYS = range(4)
@@ -29,7 +29,7 @@ BATCH, HEADS, ROWS, KEYS = range(4)
 #: a fill at least this negative absorbs any score that is added to it, so filling and adding come to the same
 ABSORBING = -1e30
 #: a fill at least this negative leaves a key no weight beside a live one
-NEGLIGIBLE = -1e4
+NEGLIGIBLE = -9e3
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def read_program(steps: Iterable[Step], layout: Layout) -> tuple[list[Instructio
             if after is None:
                 return Miss(f"{node.name} lays the scores out in a way that can't be followed", node, count)
             layout = after
-        elif not same_shape(val(node).shape, val(step.before).shape):
+        elif node.target is not aten.cat.default and not same_shape(val(node).shape, val(step.before).shape):
             return Miss(f"{node.name} changes the shape of the scores ({_name(node)})", node, count)
         elif _is_row_shift(step) and is_keys(layout[-1], layout):
             continue  # softmax doesn't see what is subtracted from a whole row
@@ -128,9 +128,12 @@ def scalar(value: Any) -> Any:
     if plain is not None:
         return plain
     tensor = val(value)
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and all(known_equal(n, 1) for n in tensor.shape):
-        return value
-    return None
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return None
+    if not all(known_equal(n, 1) for n in tensor.shape):
+        return None
+    constant = constant_value(value, promoted=True)
+    return value if constant is None else constant.item()
 
 
 def scaling(node: Node) -> Scale | None:
@@ -147,6 +150,8 @@ def _instructions(step: Step, layout: Layout) -> list[Instruction] | str:
     """The instructions of one plain step, or in words why it can't be read."""
     node, before = step.node, step.before
     dtype = val(node).dtype
+    if node.target is aten.cat.default:
+        return "extra columns (sinks, or blocks of scores) are concatenated to the scores"
     positions = [i for i, a in enumerate(node.args) if a is before]
     if len(positions) != 1:
         return f"the scores enter {node.name} {len(positions)} times"
@@ -170,8 +175,6 @@ def _instructions(step: Step, layout: Layout) -> list[Instruction] | str:
         return "the scores are soft-capped (tanh), which this fusion does not do"
     if node.target in _CLAMPS:
         return f"the scores are clamped ({_name(node)})"
-    if node.target is aten.cat.default:
-        return "extra columns (sinks, or blocks of scores) are concatenated to the scores"
     if node.target is aten.dropout.default:
         return "dropout is active on the scores"
     return f"the scores go through {_name(node)}"

@@ -96,22 +96,21 @@ class FuseAttention(Fusion):
         return result
 
     def adversaries(self, match: Match) -> Iterator[dict[str, Tensor]]:
-        """A mask that is not causal, one with rows of -inf, and scores of large magnitude."""
-        q, k = match.val("q"), match.val("k")
-        yield {"q": _filled(q, 30.0), "k": _filled(k, 1.0)}
+        """Masks that are the opposite of causal, and that leave a row no live key."""
         mask = match.val("mask")
-        if not isinstance(mask, Tensor) or mask.dim() == 0 or not all(is_static(n) for n in mask.shape):
+        if not isinstance(mask, Tensor) or mask.dim() == 0:
             return
-        anti = torch.ones(tuple(mask.shape), dtype=torch.bool)
-        anti = anti.triu() if mask.dim() > 1 else anti
-        dead = anti.clone()
+        upper = torch.ones([n if is_static(n) else 7 for n in mask.shape], dtype=torch.bool)
+        upper = upper.triu() if upper.dim() > 1 else upper
+        dead = upper.clone()
         (dead if dead.dim() == 1 else dead[..., 0, :]).fill_(False)
-        for kept in (anti, dead):
+        for kept in (upper, dead):
             if mask.dtype == torch.bool:
                 yield {"mask": kept}
+                yield {"mask": ~kept}
             elif mask.is_floating_point():
-                yield {"mask": torch.where(kept, 0.0, -torch.inf).to(mask.dtype)}
-                yield {"mask": torch.where(kept, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)}
+                for fill in (-torch.inf, torch.finfo(mask.dtype).min):
+                    yield {"mask": torch.where(kept, 0.0, fill).to(mask.dtype)}
 
     def examples(self) -> Iterable[Example]:
         """One program for each family of forms, and one that must be refused."""
@@ -153,9 +152,3 @@ def _unsupported(roles: Roles) -> str | None:
     if len({val(operand.base).device for operand in operands}) > 1:
         return "q, k and v are on several devices"
     return None
-
-
-def _filled(like: Any, spread: float) -> Tensor:
-    """Random values of large spread, of the shape and dtype of a fake."""
-    shape = tuple(n if is_static(n) else 7 for n in like.shape)
-    return (torch.randn(shape) * spread).to(like.dtype)

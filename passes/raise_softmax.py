@@ -114,11 +114,16 @@ def _one_dim(reduction: Node) -> int | None:
 
 def _maximum(node: Any) -> tuple[Node, int, list[Node]] | None:
     """(tensor, dimension, nodes) of a maximum over one dimension that is kept, spelled amax or max(dim)."""
+    if not isinstance(node, Node) or not node.args or not isinstance(node.args[0], Node):
+        return None
+    source = node.args[0]
     if is_call(node, aten.amax.default):
         reduction, nodes = node, [node]
-    elif isinstance(node, Node) and node.args and is_call(node.args[0], aten.max.dim) and node.args[1] == 0:
-        reduction, nodes = node.args[0], [node, node.args[0]]
+    elif is_call(source, aten.max.dim) and node.args[1] == 0:
+        unused = [u for u in source.users if not u.users]  # the positions of the maxima
+        reduction, nodes = source, [node, source, *unused]
     else:
         return None
     dim = _one_dim(reduction)
-    return None if dim is None else (reduction.args[0], dim, nodes)
+    x = reduction.args[0]
+    return None if dim is None or not isinstance(x, Node) else (x, dim, nodes)

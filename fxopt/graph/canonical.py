@@ -111,6 +111,10 @@ def _scalar_constants(module: GraphModule) -> int:
             )
         full.meta = dict(node.meta)
         node.replace_all_uses_with(full)
+        for user in list(full.users):
+            if user.target is aten.detach_.default:  # what torch.tensor() ends with
+                user.replace_all_uses_with(full)
+                module.graph.erase_node(user)
         attribute = node.args[0]
         module.graph.erase_node(node)
         if not attribute.users:
@@ -151,7 +155,7 @@ def _functional_form(node: Node) -> Callable[..., Any] | None:
         return None
     tags = node.target.tags  # type: ignore[union-attr]
     if (
-        torch.Tag.pointwise not in tags
+        (torch.Tag.pointwise not in tags and packet != "masked_fill_")  # which lacks the tag, though it is
         or torch.Tag.nondeterministic_seeded in tags
         or len(written_arguments(node)) != 1
     ):

@@ -38,6 +38,7 @@ _PASSING = frozenset(
         aten.where.ScalarOther,
         aten.where.ScalarSelf,
         aten.where.Scalar,
+        aten.masked_fill.Tensor,
         aten.cat.default,
         aten.slice.Tensor,
         aten.constant_pad_nd.default,
@@ -202,10 +203,11 @@ def number(value: Any) -> Any:
     return constant
 
 
-def constant_value(node: Node, budget: int = 1 << 22) -> Tensor | None:
+def constant_value(node: Node, budget: int = 1 << 22, *, promoted: bool = False) -> Tensor | None:
     """The value of a subgraph that reads no input, has static sizes and at most `budget` elements a node, or None.
 
-    It is computed on the CPU. Parameters and buffers are inputs: code compiled once may serve several models.
+    It is computed on the CPU, in float64 throughout if `promoted` (the mathematical value, without the program's own
+    rounding). Parameters and buffers are inputs: code compiled once may serve several models.
     """
     needed: list[Node] = []
     seen = {node}
@@ -229,8 +231,10 @@ def constant_value(node: Node, budget: int = 1 << 22) -> Tensor | None:
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
         for at in sorted(needed):
             args, kwargs = map_arg((at.args, at.kwargs), lambda n: values[n])
-            args, kwargs = _on_cpu(args), _on_cpu(kwargs)
-            values[at] = at.target(*args, **kwargs)  # type: ignore[operator]
+            args, kwargs = _relocated(args, promoted), _relocated(kwargs, promoted)
+            result = at.target(*args, **kwargs)  # type: ignore[operator]
+            wide = promoted and isinstance(result, Tensor) and result.is_floating_point()
+            values[at] = result.double() if wide else result
     result = values[node]
     return result if isinstance(result, Tensor) else None
 
@@ -244,11 +248,14 @@ def size_source(size: Any, tensors: Collection[Node]) -> tuple[Node, int] | None
     return None
 
 
-def _on_cpu(value: Any) -> Any:
+def _relocated(value: Any, promoted: bool) -> Any:
+    """Arguments with devices replaced by the CPU and, if `promoted`, floating dtypes by float64."""
     if isinstance(value, torch.device):
         return torch.device("cpu")
+    if isinstance(value, torch.dtype):
+        return torch.float64 if promoted and value.is_floating_point else value
     if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(v) for v in value)
+        return type(value)(_relocated(v, promoted) for v in value)
     if isinstance(value, dict):
-        return {k: _on_cpu(v) for k, v in value.items()}
+        return {k: _relocated(v, promoted) for k, v in value.items()}
     return value

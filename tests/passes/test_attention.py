@@ -707,9 +707,17 @@ SYMBOLIC = [plain, div_after, scale_on_both, mask_after, two_masks, where_min, s
 @pytest.mark.parametrize("form", SYMBOLIC, ids=lambda f: f.__name__)
 def test_symbolic_sizes_are_not_specialised(fuser, form):
     torch._dynamo.reset()
-    compiled = torch.compile(form, backend=fuser, dynamic=True, fullgraph=True)
+    program = form
+
+    def form(q, k, v, m):
+        return program(q, k, v + 0 * k, m)  # says that k and v are equally long
+
+    compiled = torch.compile(form, backend=fuser, fullgraph=True)
     for rows, keys in ((5, 7), (9, 3), (33, 20)):
         inputs = (*qkv(rows=rows, keys=keys), randn(2, 4, rows, keys))
+        for i, tensor in enumerate(inputs):
+            for dim in (0, 2, 3) if i == 3 else (0, 2):
+                torch._dynamo.mark_dynamic(tensor, dim)
         with torch.no_grad():
             compare(compiled(*inputs), form, inputs)
     assert fuser.sites == 1, fuser.reasons
