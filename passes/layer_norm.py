@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import arguments, is_cast, is_widening_cast, users, val
+from fxopt.graph.query import arguments, is_call, is_cast, is_widening_cast, users, val
 from fxopt.graph.symbols import same_shape
 from fxopt.kernels import layer_norm as ops
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
+from fxopt.match.pattern import OneOf, cast, upcast
 from fxopt.passes.residual import with_residual
-from fxopt.rewrite.fusion import Example, Fusion
+from fxopt.rewrite.fusion import Example
+from fxopt.rewrite.pattern_fusion import PatternFusion
 
 if TYPE_CHECKING:
     from fxopt.graph.scope import Scope
@@ -25,39 +27,62 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class FuseLayerNorm(Fusion):
+class FuseLayerNorm(PatternFusion):
     """layer_norm(x + r, w, b)   ->   fxopt::add_layer_norm(x, r, w, b, eps), the sum returned too
 
-    Without a residual add it becomes fxopt::layer_norm. A norm of x.float() that is cast back to x's dtype takes both
-    casts in. Refused where weight or bias don't have the shape of the normalised dimensions.
+    Without a residual add it becomes fxopt::layer_norm. Found as aten.layer_norm, also in float32 inside a narrow model
+    (both casts are taken in), and spelled out: (x - mean(x)) * rsqrt(var(x) + eps) * w + b.
+
+    Refused where weight or bias don't have the shape of the normalised dimensions, the reduction is not over the last
+    dimension or not in float32 (float64 for float64), or the result is wider than x.
     """
 
-    anchors: ClassVar[tuple[Any, ...]] = (aten.layer_norm.default,)
+    more_anchors: ClassVar[tuple[Any, ...]] = (aten.layer_norm.default,)
+
+    def pattern(self, x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+        """The norm as Cohere, DeBERTa and others spell it."""
+        h = upcast(x)
+        m = h.mean(-1, keepdim=True)
+        squares = (h - m).pow(2).mean(-1, keepdim=True)
+        v = OneOf("variance", squares=squares, var=h.var(-1, unbiased=False, keepdim=True)) + eps
+        d = h - m  # apart from the one above: many compute it twice
+        n = cast("round_to", OneOf("root", rsqrt=d * torch.rsqrt(v), sqrt=d / torch.sqrt(v)))
+        return cast("out", OneOf("affine", both=n * w + b, weight=n * w, none=n))
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
-        """The norm, a cast of x before it and of the result after it, and the residual add."""
+        """A spelled-out norm around a mean, or one that is an aten.layer_norm already."""
+        if not is_call(node, aten.layer_norm.default):
+            return super().find(node, scope)
         given = arguments(node)
         bindings = {"x": given["input"], "eps": given["eps"]}
         bindings |= {name: given[key] for name, key in (("w", "weight"), ("b", "bias")) if given[key] is not None}
         match = Match((node,), frozenset({node}), bindings, {"dims": len(given["normalized_shape"])})
         return with_residual(_with_casts(match))
 
+    def extend(self, match: Match) -> Match:
+        """Take in the residual add before the norm."""
+        return with_residual(match)
+
     def check(self, match: Match) -> Miss | None:
-        """Weight and bias have the shape of the normalised dimensions."""
-        x = match.val("x")
-        rows = x.shape[x.dim() - match.tags["dims"] :]
+        """Weight and bias have the shape of the normalised dimensions; the result is as wide as x."""
+        x, norm = match.val("x"), match.outputs[0]
+        rows = x.shape[x.dim() - match.tags.get("dims", 1) :]
         for name in ("w", "b"):
             value = match.val(name)
             if value is not None and not same_shape(value.shape, rows):
                 return Miss(f"{name} has shape {list(value.shape)}, x's rows {list(rows)}", match[name])
         if not x.dtype.is_floating_point:
             return Miss(f"x is {x.dtype}, not floating point", match["x"])
+        if isinstance(match.val("eps"), Tensor):
+            return Miss("eps is a tensor, not a number", match["eps"])
+        if val(norm).dtype != x.dtype:
+            return Miss(f"the result is {val(norm).dtype}, x {x.dtype}: the op would round it to that first", norm)
         return None
 
     def rewrite(self, match: Match) -> Node | tuple[Node, ...]:
         """One call of layer_norm or add_layer_norm."""
         out = val(match.outputs[0]).dtype
-        arguments = (match.get("w"), match.get("b"), match["eps"], match.tags["dims"], out)
+        arguments = (match.get("w"), match.get("b"), match["eps"], match.tags.get("dims", 1), out)
         if "residual" not in match.bindings:
             return match.call(ops.layer_norm, match["x"], *arguments)
         both = match.call(ops.add_layer_norm, match["x"], match["residual"], *arguments)
@@ -74,6 +99,18 @@ class FuseLayerNorm(Fusion):
         yield Example(
             lambda x: norm(x.float(), (8,)).to(x.dtype), lambda: (x().bfloat16(),), name="float32 inside a narrow model"
         )
+        yield Example(lambda x, w: (w.float() * _norm(x.float())).to(x.dtype), lambda: (x(), w()), name="Cohere")
+        yield Example(
+            lambda x: x - x.mean(1, True) / torch.sqrt((x - x.mean(1, True)).pow(2).mean(1, True) + 1e-5),
+            lambda: (x(),),
+            sites=0,
+            name="over another dimension",
+        )
+
+
+def _norm(h: Tensor) -> Tensor:
+    m = h.mean(-1, keepdim=True)
+    return (h - m) * torch.rsqrt((h - m).pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
 def _residual(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from fxopt.kernels import rms_norm as ops
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.pattern import OneOf, at_least_float32, cast, upcast
+from fxopt.match.spelling import origin
 from fxopt.passes.residual import with_residual
 from fxopt.rewrite.fusion import Example
 from fxopt.rewrite.pattern_fusion import PatternFusion
@@ -74,6 +75,8 @@ class FuseRMSNorm(PatternFusion):
             return Miss(f"x is {x.dtype}, not floating point", match["x"])
         if x.dim() == 0:
             return Miss("x has no dimensions", match["x"])
+        if _is_centred(match["x"]):
+            return Miss("x has its mean subtracted: this is a layer norm", match["x"])
         if w is not None and (w.dim() != 1 or not known_equal(w.shape[0], x.shape[-1])):
             return Miss(f"the weight has shape {list(w.shape)}, x's rows have {x.shape[-1]} elements", match["w"])
         if w is not None and not w.dtype.is_floating_point:
@@ -120,6 +123,10 @@ class FuseRMSNorm(PatternFusion):
         yield Example(
             lambda x: _norm(x), lambda: (x(),), sites=0, refused="computed in bfloat16", name="narrow statistics"
         )
+
+
+def _is_centred(x: Node) -> bool:
+    return is_call(x, aten.sub.Tensor) and is_call(origin(x.args[1]), aten.mean)
 
 
 def _norm(h: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ graphs are read by the same function, so a pattern is written once and matches e
     x / c                                  x * (1 / c), for a number c
     mean(x, d).unsqueeze(d)                mean(x, d, keepdim=True)
     rsub(x, y)                             sub(y, x)
+    var(x, d, unbiased=False)              var(x, d, correction=0)
     t, mT, transpose, movedim, permute     permute, as an order of dimensions counted from the end
 
 `source` sees through what changes no value: widening casts, copies, reshapes to the same shape, multiplication by 1.
@@ -142,7 +143,17 @@ def read(node: Node) -> Call:
     attributes = {name: given[name] for name, operand in kinds if not operand}
     if _name(node.target) in REDUCTIONS:
         attributes = {"dim": None, "keepdim": False} | attributes
+    if _name(node.target) in ("var", "std"):
+        attributes["correction"] = _correction(given)
+        attributes.pop("unbiased", None)
+        operands = operands[:1]
     return _respell(Call(_name(node.target), operands, attributes, node))
+
+
+def _correction(given: dict[str, Any]) -> Any:
+    if "unbiased" in given:
+        return int(given["unbiased"])
+    return 1 if given.get("correction") is None else given["correction"]
 
 
 def _respell(call: Call) -> Call:

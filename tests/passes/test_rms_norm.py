@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
 
 import fxopt
+from fxopt.passes.rms_norm import FuseRMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -40,9 +39,9 @@ def leaves(out):
 
 def check(compiled, program, *inputs, sites=1, op="rms_norm", **options):
     out, rec = compiled(program, *inputs, **options)
-    assert rec.counts().get("rms_norm", 0) == sites, fxopt_misses(rec)
+    assert rec.counts().get("rms_norm", 0) == sites, misses(rec)
     if sites:
-        assert {s.op for s in rec.sites} == {op}
+        assert op is None or {s.op for s in rec.sites} == {op}
         assert {s.verdict.status for s in rec.sites} == {"equal"}
     for actual, eager in zip(leaves(out), leaves(program(*inputs)), strict=True):
         assert actual.dtype == eager.dtype
@@ -51,13 +50,13 @@ def check(compiled, program, *inputs, sites=1, op="rms_norm", **options):
     return rec
 
 
-def fxopt_misses(rec):
+def misses(rec):
     return [(m.reason, m.node) for graph in rec.graphs for m in graph.misses]
 
 
 def refused(compiled, program, *inputs, reason):
     rec = check(compiled, program, *inputs, sites=0)
-    assert any(reason in text for text, _ in fxopt_misses(rec)), fxopt_misses(rec)
+    assert any(reason in text for text, _ in misses(rec)), misses(rec)
 
 
 def norm(h, eps=1e-6):
@@ -159,7 +158,7 @@ def test_two_norms_of_one_sum_take_the_add_once(compiled):
         h = x + r
         return FORMS["llama"](h, w), FORMS["llama"](h, v)
 
-    out, rec = compiled(program, randn(2, 16), randn(2, 16), randn(16), randn(16))
+    _, rec = compiled(program, randn(2, 16), randn(2, 16), randn(16), randn(16))
     assert sorted(s.op for s in rec.sites) == ["add_rms_norm", "rms_norm"]
 
 
@@ -177,6 +176,12 @@ def test_sum_behind_a_shared_cast_stays(compiled):
 )
 def test_other_adds_are_left_alone(compiled, add):
     check(compiled, lambda x, r, w: FORMS["llama"](add(x, r), w), randn(2, 16), randn(2, 16), randn(16))
+
+
+@pytest.mark.parametrize("example", FuseRMSNorm().examples(), ids=lambda e: e.name)
+def test_example(compiled, example):
+    rec = check(compiled, example.program, *example.inputs(), sites=example.sites, op=None)
+    assert example.refused is None or any(example.refused in reason for reason, _ in misses(rec))
 
 
 MODELS = [
@@ -322,7 +327,7 @@ def test_write_to_x_between_is_seen(compiled):
     out, rec = compiled(program, x.clone(), w)
     torch.testing.assert_close(out, program(x.clone(), w))
     assert rec.counts() == {}
-    assert any("writes to" in reason for reason, _ in fxopt_misses(rec))
+    assert any("writes to" in reason for reason, _ in misses(rec))
 
 
 def test_gradients(compiled):
