@@ -48,9 +48,10 @@ tl: Any = _optional("triton.language")
 class CompileExample:
     """One specialisation of a kernel to compile for every supported architecture without a GPU.
 
-    `signature` gives the Triton type of every run-time argument ("*bf16" a pointer, "i32", "fp32"; pointers are taken
-    to be 16-byte aligned), `constexprs` the values of all the others. `max_spills` is the most 4-byte registers that
-    a thread may spill.
+    `signature` gives the Triton type of every run-time argument ("*bf16" a pointer, "i32", "fp32"), `constexprs` the
+    values of all the others. Pointers are taken to be 16-byte aligned; "i32:16" is an integer divisible by 16, which
+    strides mostly are and without which loads are not vectorised. `max_spills` is the most 4-byte registers that a
+    thread may spill.
     """
 
     name: str

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.graph.symbols import known_equal, known_true
-from fxopt.kernels import _triton
+from fxopt.kernels import _flash, _triton
 from fxopt.ops import Target, fused_op
 
 
 @fused_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False,"
     ' str empty_rows="nan") -> Tensor',
-    sources=[_triton.__file__],
+    sources=[_triton.__file__, _flash.__file__],
     contiguous=True,
 )
 def attention(
@@ -81,6 +81,29 @@ def _group_rows(x: Tensor, kv_heads: int) -> Tensor:
 def _causal(rows: int, keys: int, device: torch.device) -> Tensor:
     """[M, N], True where key j <= row i (aligned at the top left, as in F.scaled_dot_product_attention)."""
     return torch.arange(rows, device=device)[:, None] >= torch.arange(keys, device=device)[None, :]
+
+
+# From so many keys on, decoding is worth a kernel of its own.
+DECODE_KEYS = 1024
+MAX_WIDTH = 256
+
+
+def _triton_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
+    """The one place that says where the Triton kernels are preferred to SDPA: for few rows over many keys."""
+    if not known_true(q.shape[2] <= _flash.MAX_DECODE_ROWS):
+        return f"SDPA is faster for more than {_flash.MAX_DECODE_ROWS} query rows"
+    if not known_true(k.shape[2] >= DECODE_KEYS):
+        return f"SDPA is as fast for fewer than {DECODE_KEYS} keys"
+    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (q, k, v)):
+        return "the Triton kernel computes in float32"
+    if not known_true(q.shape[3] <= MAX_WIDTH) or not known_true(v.shape[3] <= MAX_WIDTH):
+        return f"the Triton kernel serves heads up to {MAX_WIDTH} wide"
+    return _triton.needs_gpu(target)
+
+
+@attention.implementation("triton", opaque=True, when=_triton_objection)
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, empty_rows: str) -> Tensor:
+    return _flash.flash_attention(q, k, v, mask, scale, is_causal, empty_rows == "zero")
 
 
 def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:

@@ -200,8 +200,8 @@ add_layer_norm.implementation("aten")(add_layer_norm.reference)
 
 def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
     pointers = dict.fromkeys(("x", "residual", "weight", "bias", "out", "total"), f"*{dtype}")
-    numbers = {"rows": "i32", "columns": "i32", "eps": "fp32"}
-    strides = dict.fromkeys(("x_inner", "x_outer", "x_step", "r_inner", "r_outer", "r_step"), "i32")
+    numbers = {"rows": "i32", "columns": "i32:16", "eps": "fp32"}
+    strides = dict.fromkeys(("x_inner", "x_outer", "x_step", "r_inner", "r_outer", "r_step"), "i32:16")
     values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "LOOPED": False, "ROWS": 1, **constexprs}
     return CompileExample(name, _layer_norm_kernel, {**pointers, **numbers, **strides}, values, num_warps=8)
 
