@@ -90,7 +90,7 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
         finalize=lambda value: text.clean(value) if type(value) is str else value,
     )
-    environment.filters.update(short=text.short_source, verdict=text.verdict, seconds=text.duration)
+    environment.filters.update(short=text.short_source, verdict=text.verdict, seconds=text.duration, failed=text.failed)
     return environment.get_template("report.html.j2").render(
         report=report,
         summary=text.summary(report),

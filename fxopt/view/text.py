@@ -152,10 +152,11 @@ def raised(report: Report) -> dict[str, int]:
 
 def undone(report: Report) -> list[Step]:
     """The applications that failed verification and were undone (not the raised forms that nothing fused)."""
-    return [step for step in report.steps if _failed(step)]
+    return [step for step in report.steps if failed(step)]
 
 
-def _failed(step: Step) -> bool:
+def failed(step: Step) -> bool:
+    """Whether the application was undone because it failed, or (at verify="strict") could not be checked."""
     # A raised form that nothing consumed gets its original nodes back: that is how raising works, not a failure.
     return not step.applied and "nothing fused the result" not in step.verdict.detail
 
@@ -321,9 +322,7 @@ def _graph(graph: GraphReport) -> list[str]:
         return [f"{head}, passed through untouched", f"  {why}", *(f"  note: {note}" for note in graph.notes)]
     lines = [head + (f", compiled by {graph.lowering}" if graph.lowering else "")]
     lines += _sites(graph.sites)
-    lines += [
-        f"  undone: {s.fusion}: {verdict(s.verdict)}\n    {_first(s.sources)}" for s in graph.steps if not s.applied
-    ]
+    lines += [f"  undone: {s.fusion}: {verdict(s.verdict)}\n    {_first(s.sources)}" for s in graph.steps if failed(s)]
     lines += _misses(graph.misses)
     lines += [f"  note: {note}" for note in graph.notes]
     if len(lines) == 1:

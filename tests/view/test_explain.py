@@ -120,6 +120,55 @@ def test_graph_breaks_are_named(no_inductor):
     assert len(explained.report.graphs) >= 2
 
 
+@dataclass(frozen=True)
+class RaiseSquare(Fusion):
+    """square(x) -> x * x"""
+
+    stage = "raise"
+    anchors = (aten.square,)
+
+    def find(self, node, scope):
+        return Match((node,), frozenset({node}), {"x": node.args[0]})
+
+    def rewrite(self, match):
+        return match.call(aten.mul.Tensor, match["x"], match["x"])
+
+
+def test_a_raised_form_that_nothing_fused_is_no_failure(no_inductor):
+    register(RaiseSquare())
+    try:
+        explained = explain(torch.square, X)
+    finally:
+        unregister("raise_square")
+    assert [(step.fusion, step.applied) for step in explained.report.steps] == [("raise_square", False)]
+    assert "undone" not in str(explained)
+    assert "raise_square" not in str(explained.report)
+
+
+@dataclass(frozen=True)
+class FuseWrongly(Fusion):
+    """sin(x) -> relu(cos(x)), which is wrong"""
+
+    anchors = (aten.sin,)
+
+    def find(self, node, scope):
+        return Match((node,), frozenset({node}), {"x": node.args[0]})
+
+    def rewrite(self, match):
+        return match.call(relu_cos, match["x"])
+
+
+def test_a_wrong_rewrite_is_told_as_undone(no_inductor):
+    register(FuseWrongly())
+    try:
+        explained = explain(torch.sin, X)
+    finally:
+        unregister("wrongly")
+    assert "undone: wrongly: failed verification" in str(explained)
+    assert "1 rewrite undone" in str(explained.report)
+    assert explained.report.counts() == {}
+
+
 def test_no_graph_is_said(no_inductor):
     assert "no graph was captured" in str(explain(lambda x: 1, X))
 

@@ -170,6 +170,14 @@ def test_page_has_everything(report, tmp_path):
         assert part in shown, part
 
 
+def test_page_tells_a_form_given_back_from_a_failure(make):
+    back = make.step(applied=False, verdict=Verdict("equal", "undone: nothing fused the result"))
+    wrong = make.step(applied=False, verdict=Verdict("failed", "3 off"))
+    shown = [Page(save.page(Report([GraphReport("g", normalized=True, steps=[step])]))).text for step in (back, wrong)]
+    assert ["given back" in page for page in shown] == [True, False]
+    assert ["undone" in page for page in shown] == [False, True]
+
+
 def test_page_fetches_nothing_and_runs_nothing(report, hostile, tmp_path):
     for each in (report, hostile, Report()):
         page = Page(each.save(tmp_path / "r.html").read_text())
