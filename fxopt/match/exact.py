@@ -209,4 +209,7 @@ def _shape(shape: Any) -> str:
 
 
 def _no_new_guards(shape_env: Any) -> AbstractContextManager[Any]:
-    return nullcontext() if shape_env is None else shape_env.error_on_new_guards()
+    if shape_env is None:
+        return nullcontext()
+    refuse = getattr(shape_env, "error_on_new_guards", None)  # torch 2.12
+    return refuse() if refuse is not None else shape_env.suppress_guards()

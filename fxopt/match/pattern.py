@@ -201,6 +201,8 @@ def _count_from_end(node: Node) -> None:
     if schema is None or node.target.namespace == PRIVATE:  # type: ignore[union-attr]
         return
     given = arguments(node)
+    if not node.all_input_nodes:
+        raise PatternError(f"{node.name} creates a tensor; make it a variable, or use a Python number")
     for name, value in given.items():
         if name in _SIZES and value:
             raise PatternError(

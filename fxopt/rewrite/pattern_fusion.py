@@ -26,7 +26,7 @@ from fxopt.match.match import Match
 from fxopt.match.matcher import Found, Matcher
 from fxopt.match.miss import Miss
 from fxopt.match.pattern import CAST, ONE_OF, Pattern, PatternError, alternatives, trace
-from fxopt.match.spelling import REDUCTIONS, beginnings, origin, read, source
+from fxopt.match.spelling import beginnings, origin, read, source
 from fxopt.rewrite.fusion import Fusion
 
 if TYPE_CHECKING:
@@ -112,19 +112,23 @@ def _anchors(fusion: PatternFusion) -> tuple[Node, tuple[Any, ...]]:
     pattern = _traced(fusion)
     candidates = [node for node in _mandatory(pattern.root) if node.op == "call_function" and source(node) is None]
     if not candidates:
-        raise PatternError(f"pattern of {fusion.name}: no op is in all of its alternatives, so no search can begin")
+        raise PatternError(
+            f"pattern of {fusion.name}: no op is in all of its alternatives, so no search can begin; compute what they"
+            " share once"
+        )
     order = {node: i for i, node in enumerate(pattern.graph.nodes)}
-    best = max(candidates, key=lambda node: (read(node).op not in _COMMON, -order[node]))
-    best = _prefer_reduction(candidates, order) or best
+    best = min(candidates, key=lambda node: (_commonness(node), order[node]))
     names = [read(best).op] if not isinstance(best.target, torch._ops.OpOverload) else list(beginnings(read(best).op))
     packets = [best.target.overloadpacket] if isinstance(best.target, torch._ops.OpOverload) else [best.target]
     packets += [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
     return best, tuple(dict.fromkeys(packets))
 
 
-def _prefer_reduction(candidates: list[Node], order: Mapping[Node, int]) -> Node | None:
-    reductions = [node for node in candidates if read(node).op in REDUCTIONS]
-    return min(reductions, key=order.__getitem__) if reductions else None
+def _commonness(node: Node) -> int:
+    """0 for ops that are not pointwise (a reduction, a matmul), 1 for pointwise ones, 2 for those in every model."""
+    if read(node).op in _COMMON:
+        return 2
+    return int(torch.Tag.pointwise in getattr(node.target, "tags", ()))
 
 
 def _mandatory(node: Node) -> set[Node]:
