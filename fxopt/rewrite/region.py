@@ -107,10 +107,10 @@ def _between(apart: set[Node], old_inputs: set[Node], new_inputs: set[Node]) -> 
     seen_old = _ancestors([n for n in apart if n in old_inputs], known)
     seen_new = _ancestors([n for n in apart if n in new_inputs], known)
     seen = seen_old | seen_new
-    related: set[Node] = set()  # depend on another input, or on nothing at all (arange, full)
+    related: set[Node] = set()  # depend on another input, or on no tensor at all (arange, full)
     for node in sorted(seen):
         parents = node.all_input_nodes
-        if not parents or any(p in related or p in known for p in parents):
+        if not any(isinstance(val(p), Tensor) for p in parents) or any(p in related or p in known for p in parents):
             related.add(node)
     common = (seen_old & seen_new) - related
     between = set(related)
