@@ -5,7 +5,8 @@ in, though: in shapes, in the literals of `view` and `expand`, in slice bounds. 
 stand-in, wherever it occurs, and what relates the sizes has to survive: products across a reshape (4096 = 32 · 128),
 ratios (K/2 packed bytes, Hq/Hkv query heads a group, D/2 rotated), order (a window within a sequence). Which relations
 a program needs can't be read off it with certainty, so candidates are tried from the smallest on; a run in which
-some intermediate shape isn't the original's, mapped, discards its candidate. The last candidate is the real sizes.
+some intermediate shape isn't the original's, mapped, discards its candidate. The last candidate is the real sizes,
+but never those of one example alone: symbolic dims then have multiples of their example values.
 
     sizes up to 16        stay
     symbolic dims         one number a symbol; expressions of symbols follow
@@ -140,14 +141,17 @@ def candidates(pair: Pair, *, scalars: bool = False) -> Iterator[Sizes]:
         if statics is None:
             continue
         lengths = facts.short_lengths(statics)
-        symbols = facts.symbol_values([*statics.values(), *lengths.values()], max([KEEP, *lengths.values()]), step)
+        symbols = facts.symbol_values([*statics.values(), *lengths.values()], max([2, *lengths.values()]), step)
         if (statics, symbols) not in tried:
             tried.append((statics, symbols))
             yield Sizes(statics, symbols, lengths, facts.positions, scalars)
     free = facts.free()
     if not facts.lengths and (free or facts.symbols):  # unmapped windows would reach past every short sequence
-        yield Sizes(free, facts.symbol_values([*facts.sizes, *free.values()], KEEP, 4), {}, facts.positions, scalars)
-    yield Sizes()
+        yield Sizes(free, facts.symbol_values([*facts.sizes, *free.values()], 2, 4), {}, facts.positions, scalars)
+    if not facts.symbols:
+        yield Sizes()
+    elif all(symbol in facts.hints for symbol in facts.symbols):
+        yield Sizes({}, {s: sympy.Integer(facts.hints[s] * (i + 2)) for i, s in enumerate(facts.symbols)})
 
 
 def full_width(pair: Pair) -> Iterator[Sizes]:
@@ -157,7 +161,7 @@ def full_width(pair: Pair) -> Iterator[Sizes]:
     widths = {val(n).shape[-1] for n in pair.inputs if isinstance(val(n), Tensor) and val(n).dim()}
     thin = {size: small for size, small in facts.free().items() if size not in widths}
     if thin or facts.symbols:
-        yield Sizes(thin, facts.symbol_values([*facts.sizes, *thin.values()], KEEP, 4))
+        yield Sizes(thin, facts.symbol_values([*facts.sizes, *thin.values()], 2, 4))
 
 
 @dataclass
@@ -170,6 +174,9 @@ class _Facts:
     symbols: list[Any]
     lengths: set[int]  # numbers that positions are compared with or moved by
     positions: frozenset[Node]
+    sums: list[tuple[list[int], int]] = field(default_factory=list)  # parts and their whole
+    small: set[int] = field(default_factory=set)  # sizes that stay
+    hints: dict[Any, int] = field(default_factory=dict)
 
     @staticmethod
     def of(pair: Pair) -> _Facts:
@@ -186,6 +193,7 @@ class _Facts:
                     facts._add_literal(leaf, kinds.get(key))
             if is_reshape(node) and isinstance(val(node), Tensor):
                 facts._relate(list(val(node.args[0]).shape), list(val(node).shape))
+            facts._relate_parts(node)
         return facts
 
     def _add_literal(self, leaf: Any, kind: str | None) -> None:
@@ -200,13 +208,37 @@ class _Facts:
         if isinstance(size, SymInt):
             self.symbols += sorted(size.node.expr.free_symbols - set(self.symbols), key=str)
             self.literals |= {int(a) for a in size.node.expr.atoms(sympy.Integer)}
+            if size.node.expr in self.symbols and size.node.expr not in self.hints:
+                self.hints[size.node.expr] = int(hint(size))
         elif isinstance(size, int) and not isinstance(size, bool) and KEEP < size < 1 << 62:
             self.sizes.add(size)
+        elif isinstance(size, int):
+            self.small.add(size)
 
     def _relate(self, before: list[Any], after: list[Any]) -> None:
         for a, b in _groups(before, after):
             if (a, b) not in self.products:
                 self.products.append((a, b))
+
+    def _relate_parts(self, node: Node) -> None:
+        """The sizes that a `cat` adds up, or that a split takes apart."""
+        many, one = (
+            (node.args[0], node) if isinstance(val(node), Tensor) else (val(node), node.args[0] if node.args else 0)
+        )
+        if not isinstance(many, (tuple, list)) or not isinstance(val(one), Tensor):
+            return
+        parts = [val(part).shape for part in many if isinstance(val(part), Tensor)]
+        whole = val(one).shape
+        if len(parts) < 2 or any(len(part) != len(whole) for part in parts):
+            return
+        for dim, size in enumerate(whole):
+            sizes = [part[dim] for part in parts]
+            if (
+                all(isinstance(s, int) for s in (size, *sizes))
+                and sum(sizes) == size
+                and (sizes, size) not in self.sums
+            ):
+                self.sums.append((sizes, size))
 
     def solve(self, ratio: int) -> dict[int, int] | None:
         """Stand-ins that keep all products, and quotients up to `ratio`; None if there are none."""
@@ -219,7 +251,7 @@ class _Facts:
     def _solve(self, ratio: int, start: int) -> dict[int, int] | None:
         known: dict[int, int] = {}
         open_sizes = sorted(self.sizes)
-        wholes = {max(a + b) for a, b in self.products}
+        wholes = {max(a + b) for a, b in self.products} | {total for _, total in self.sums}
         following = start
         while True:
             if not self._propagate(known):
@@ -261,11 +293,21 @@ class _Facts:
                     else:
                         known[unknown[0]] = whole // rest
                         changed = True
+            for parts, total in self.sums:
+                unknown = [s for s in (*parts, total) if s > KEEP and s not in known]
+                rest = sum(known.get(s, s) for s in parts if s not in unknown)
+                if not unknown:
+                    if rest != known.get(total, total):
+                        return False
+                elif len(unknown) == 1:
+                    known[unknown[0]] = rest if unknown[0] == total else known.get(total, total) - rest
+                    changed = True
         return True
 
     def free(self) -> dict[int, int]:
         """Stand-ins for the sizes that nothing relates to others (sequence lengths, often); the rest stay real."""
         tied = {s for a, b in self.products for s in a + b} | self.literals
+        tied |= {s for parts, total in self.sums for s in (*parts, total)}
         free = sorted(s for s in self.sizes - tied)
         found = {}
         following = KEEP + 4
@@ -281,26 +323,27 @@ class _Facts:
         wholes = {max(a + b) for a, b in self.products}
         plain = {s: small for s, small in statics.items() if s not in wholes}
         found: dict[int, int] = {}
-        for length in sorted(self.lengths, key=abs):
+        for length in sorted(self.lengths, key=abs, reverse=True):
             size, sign = abs(length), 1 if length > 0 else -1
             near = [o for o in found if abs(o - size) <= 2]
-            above = [s for s in plain if s > size]
+            around = plain | found
+            above = min((small for s, small in around.items() if s > size), default=0)
+            below = max((small for s, small in around.items() if 0 < s < size), default=0)
             if near:
                 small = found[near[0]] + size - near[0]
             elif size in plain:
                 small = plain[size]
             elif above:
-                small = max(plain[min(above)] - 4, 2)
+                small = max(above - 4, (below + above + 1) // 2)
             else:
-                small = max([KEEP, *plain.values(), *found.values()]) + 4
-            found[size] = small
-            found[length] = sign * small
+                small = max(KEEP, below) + 8
+            found[size], found[length] = small, sign * small
         return {length: found[length] for length in self.lengths}
 
     def symbol_values(self, taken: Iterable[int], above: int, step: int) -> dict[Any, Any]:
         """A stand-in for each symbol, larger than `above` so that windows and offsets lie inside, none in `taken`."""
         values: dict[Any, Any] = {}
-        used = set(taken)
+        used = self.small.union(taken)
         following = above
         for symbol in self.symbols:
             following = int(sympy.nextprime(following)) if step == 1 else (following // step + 1) * step

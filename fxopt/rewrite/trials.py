@@ -45,6 +45,7 @@ class Trial:
     draws: dict[Node, Draw]
     given: dict[Node, Any]
     native: bool = True  # also compared at the real dtypes
+    plain: bool = False  # random values only
 
     def values(self) -> dict[Node, Any]:
         """The value of every input, on the CPU, in its own dtype."""
@@ -106,7 +107,7 @@ class _Maker:
         for node, value in (hostile or {}).items():
             given[node] = fit(value, self.sizes.shape(val(node)), val(node).dtype)
         draws = {n: self._draw(n, kinds.get(n, "normal"), wide_integers) for n in self.tensors if n not in given}
-        return Trial(name, self.seed * 1009 + self.count, draws, given, native)
+        return Trial(name, self.seed * 1009 + self.count, draws, given, native, plain=not kinds and not hostile)
 
     def _draw(self, node: Node, kind: str, wide: bool) -> Draw:
         value = val(node)

@@ -180,10 +180,7 @@ class _Check:
         found: _Failure | None = None
         reason = "no sizes fit the program"
         options = list(candidates(self.pair, scalars=scalars))
-        symbolic = any(option.symbols for option in options)
         for i, sizes in enumerate(options):
-            if found is not None and symbolic and not sizes.symbols:
-                break  # to be equal at the example's sizes only is to be wrong
             over = None if self.strict else _over_budget(self.pair, sizes)
             if over is not None:
                 reason = f"{reason}; {over}"
@@ -271,6 +268,8 @@ class _Check:
 
     def _errors(self, sizes: Sizes, target: Target, chosen: dict[Node, Implementation]) -> _Failure | float:
         pair, worst = self.pair, 0.0
+        usual: dict[int, float] = {}
+        found: list[tuple[int, Trial, float, Distance, float]] = []
         for trial in trials(self.fusion, self.match, pair, sizes, self.seed):
             if not trial.native:
                 continue
@@ -292,37 +291,40 @@ class _Check:
             except Exception as error:
                 return _Failure(f"the kernel raised {_one_line(error)}", pair, sizes, trial)
             for i in range(len(truth)):
-                ratio = self._judge(truth[i], old[i], new[i])
-                if isinstance(ratio, str):
-                    where = f"output {i} ({pair.outputs[i].name})"
-                    return _Failure(f"{where} {ratio}", pair, sizes, trial)
-                worst = max(worst, ratio)
+                measured = self._measure(truth[i], old[i], new[i])
+                if isinstance(measured, str):
+                    return _Failure(f"output {i} ({pair.outputs[i].name}) {measured}", pair, sizes, trial)
+                before, after, unit = measured
+                # A few elements can be exact by luck: the original's error on plain inputs counts throughout.
+                usual[i] = max(usual.get(i, 0.0), before.error) if trial.plain else usual.get(i, 0.0)
+                found.append((i, trial, max(before.error, usual[i]), after, unit))
+        for i, trial, own, after, unit in found:
+            before_error = max(own, usual[i]) if trial.plain else own
+            if not after.error <= 2 * before_error + unit and self.fusion.precision is not Precision.APPROXIMATE:
+                detail = (
+                    f"output {i} ({pair.outputs[i].name}) is less exact than the original: relative error "
+                    f"{after.error:.3g}, the original's is {before_error:.3g}, one unit in the last place {unit:.3g}; "
+                    f"{after.words}"
+                )
+                return _Failure(detail, pair, sizes, trial, after.error / max(before_error, unit))
+            worst = max(worst, after.error / max(before_error, unit))
         return worst
 
-    def _judge(self, truth: Any, old: Any, new: Any) -> float | str:
-        """The new error as a multiple of the original's or of one unit in the last place, or what is wrong."""
+    def _measure(self, truth: Any, old: Any, new: Any) -> tuple[Distance, Distance, float] | str:
+        """The errors of the original and of the replacement and a unit in the last place; or what is plainly wrong."""
         if not isinstance(truth, Tensor) or not isinstance(new, Tensor):
-            return 0.0 if truth == new else f"is {new}, not {truth}"
+            return (Distance(0.0), Distance(0.0), 1.0) if truth == new else f"is {new}, not {truth}"
         if new.dtype != old.dtype:
             return f"is {new.dtype}, not {old.dtype}"
-        if self.fusion.precision is Precision.BITWISE:
-            apart = distance(old, new)
-            return 0.0 if apart.error == 0 else f"is not the same bit for bit: {apart.words}"
+        if self.fusion.precision is Precision.BITWISE and distance(old, new).error != 0:
+            return f"is not the same bit for bit: {distance(old, new).words}"
         if not (old.is_floating_point() or old.is_complex()):
-            own = distance(truth, old)
-            apart = distance(truth if own.error == 0 else old, new)
-            return 0.0 if apart.error == 0 else f"differs in integers: {apart.words}"
+            apart = distance(truth if distance(truth, old).error == 0 else old, new)
+            return (Distance(0.0), apart, 1.0) if apart.error == 0 else f"differs in integers: {apart.words}"
         # Where the original overflowed the replacement is free, unless that is what the mathematics says.
         overflowed = non_finite(old) & ~non_finite(truth)
         unit = max(torch.finfo(old.dtype).eps, TOLERANCE / 2)
-        before, after = distance(truth, old, overflowed), distance(truth, new, overflowed)
-        ratio = after.error / max(before.error, unit)
-        if not after.error <= 2 * before.error + unit and self.fusion.precision is not Precision.APPROXIMATE:
-            return (
-                f"is less exact than the original: relative error {after.error:.3g}, the original's is "
-                f"{before.error:.3g}, one unit in the last place {unit:.3g}; {after.words}"
-            )
-        return ratio
+        return distance(truth, old, overflowed), distance(truth, new, overflowed), unit
 
     @staticmethod
     def _outputs(values: dict[Node, Any], nodes: Sequence[Node]) -> list[Any]:
@@ -363,7 +365,7 @@ def _over_budget(pair: Pair, sizes: Sizes) -> str | None:
                     flops += 2 * int(math.sqrt(a * b * max(count, 1)))
     if 2 * 8 * elements > BYTES:
         return f"{2 * 8 * elements >> 20} MiB at {sizes}, over the budget of {BYTES >> 20} MiB"
-    seconds = 8 * (elements * 2e-8 + flops * 5e-10)
+    seconds = 6 * (elements * 1e-8 + flops * 5e-10)
     if seconds > SECONDS:
         return f"about {seconds:.1f} s at {sizes}, over the budget of {SECONDS} s"
     return None

@@ -63,7 +63,7 @@ def place(module, replacement, keep=()):
     outputs = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     region = {n for n in module.graph.nodes if n.op == "call_function"}
     region -= {n for n in region if any(word in n.name for word in keep)}
-    bindings = {name: n for name, n in zip("abcdefgh", tensors, strict=False)}
+    bindings = dict(zip("abcdefgh", tensors, strict=False))
     match = Match(outputs, frozenset(region), bindings)
     with match.fake_mode():
         traced = make_fx(lambda *a: replacement(*a), pre_dispatch=True)(*[n.meta["val"] for n in tensors])
@@ -94,10 +94,10 @@ def verify_compiled(original, replacement, *inputs, dynamic=True, around=None):
         module = retrace(captured, example_inputs)
         match, replacements = place(module, replacement)
         environment = mode.shape_env
-        found["before"] = len(environment.guards), dict(environment.replacements), len(environment.var_to_val)
+        found["before"] = len(environment.guards), dict(environment.replacements)
         with around or mode:
             found["verdict"] = Verifier().verify(Toy(), match, replacements)
-        found["after"] = len(environment.guards), dict(environment.replacements), len(environment.var_to_val)
+        found["after"] = len(environment.guards), dict(environment.replacements)
         return captured.forward
 
     torch._dynamo.reset()
