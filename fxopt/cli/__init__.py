@@ -62,6 +62,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if not words:  # no command was given: typer has shown the help
             return 2
         return _complain(f"{words.rstrip('.')} (see fxopt --help)", 2)
+    if status == 130:  # recent versions of typer answer an interrupt by themselves
+        return _complain("interrupted", 130)
     return status if isinstance(status, int) else 0
 
 
