@@ -13,7 +13,7 @@ Causality is never guessed: only a mask that reads no input is evaluated, and it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import aten, val
+from fxopt.graph.query import aten, val, widens
 from fxopt.graph.symbols import Dim, known_equal
 from fxopt.match.axes import Move
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.region import constant_value
 from fxopt.passes._attention_operands import emit, place_term
-from fxopt.passes._attention_scores import ABSORBING, ROWS, Add, Cast, Fill, Instruction, Scale
+from fxopt.passes._attention_scores import ABSORBING, ROWS, Add, Cast, Fill, Instruction, Scale, tensor_of
+
+_SHAPED_LIKE = frozenset({aten.expand_as.default, aten.reshape_as.default, aten.view_as.default})
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,7 @@ class Placed:
     @property
     def tensor(self) -> Node | None:
         """The tensor that the step adds or fills by."""
-        if isinstance(self.instruction, Add):
-            return self.instruction.term
-        return self.instruction.condition if isinstance(self.instruction, Fill) else None
+        return tensor_of(self.instruction)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,17 @@ class Plan:
     factors: tuple[Scale, ...]
     mask: tuple[Placed, ...]
     is_causal: bool
+    covered: frozenset[Node] = frozenset()  # what took its shape from the scores
 
 
-def plan(program: Sequence[Instruction], sizes: Sequence[Dim], scales: Sequence[Scale], is_causal: bool) -> Plan | Miss:
-    """What the program amounts to, or why it can't be one scale and one mask."""
+def plan(
+    program: Sequence[Instruction],
+    sizes: Sequence[Dim],
+    scales: Sequence[Scale],
+    region: Collection[Node],
+    is_causal: bool,
+) -> Plan | Miss:
+    """What the program amounts to, or why it can't be one scale and one mask. `region` are the nodes matched."""
     scale, factors = 1.0, []
     for factor in [*scales, *(i for i in program if isinstance(i, Scale))]:
         if isinstance(factor.by, Node):
@@ -65,8 +72,9 @@ def plan(program: Sequence[Instruction], sizes: Sequence[Dim], scales: Sequence[
         else:
             scale = scale / factor.by if factor.divide else scale * factor.by
     steps: list[Placed] = []
+    covered: set[Node] = set()
     for index, step in enumerate(program):
-        tensor = Placed(step).tensor
+        tensor = tensor_of(step)
         if tensor is None:
             if steps:  # before the first mask there is nothing to scale or cast
                 steps.append(Placed(step))
@@ -76,24 +84,37 @@ def plan(program: Sequence[Instruction], sizes: Sequence[Dim], scales: Sequence[
             if later:
                 return Miss(f"masked scores are filled with {step.value} and then changed further", tensor)
             step = replace(step, value=ABSORBING, dtype=torch.promote_types(step.dtype, torch.float32))
-        moved = place_term(val(tensor).shape, step.layout, sizes)  # type: ignore[union-attr]
+        shape = val(tensor).shape
+        before: list[Move] = []
+        if tensor.target in _SHAPED_LIKE and tensor.args[1] in region:  # it must not keep the scores alive
+            covered.add(tensor)
+            base = tensor.args[0]
+            assert isinstance(base, Node)
+            step = replace(step, term=base) if isinstance(step, Add) else replace(step, condition=base)  # type: ignore
+            if tensor.target is aten.expand_as.default:
+                shape = val(base).shape
+            else:
+                before = [("reshape", tuple(shape))]
+        moved = place_term(shape, step.layout, sizes)  # type: ignore[union-attr]
         if moved is None:
             return Miss(f"the mask {tensor.name} can't be brought to [batch, heads, rows, keys]", tensor)
-        steps.append(Placed(step, moved))
+        steps.append(Placed(step, (*before, *moved)))
     if not steps or is_causal:
-        return Plan(scale, tuple(factors), tuple(steps), is_causal)
+        return Plan(scale, tuple(factors), tuple(steps), is_causal, frozenset(covered))
     alone = sum(s.tensor is not None for s in steps) == 1
-    triangles = [s for s in steps if _is_triangle(s, sizes, alone=alone)]
-    if triangles and not any(isinstance(s.instruction, Scale) for s in steps):
-        return Plan(scale, tuple(factors), tuple(s for s in steps if s is not triangles[0]), True)
-    return Plan(scale, tuple(factors), tuple(steps), False)
+    scaled = any(isinstance(s.instruction, Scale) for s in steps)
+    triangles = [] if scaled else [s for s in steps if _is_triangle(s, sizes, alone=alone)]
+    if triangles:
+        steps = [s for s in steps if s is not triangles[0]]
+    return Plan(scale, tuple(factors), tuple(steps), bool(triangles), frozenset(covered))
 
 
 def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) -> Node | None:
     """Insert the nodes that make the mask; None if there is none."""
     mask: Node | None = None
     summed = sum(isinstance(s.instruction, (Add, Fill)) for s in steps) > 1
-    for step in steps:
+    last = max((i for i, s in enumerate(steps) if not isinstance(s.instruction, Cast)), default=-1)
+    for i, step in enumerate(steps):
         at = step.instruction
         if isinstance(at, Fill):
             mask = _fill(match, mask, at, emit(match, at.condition, step.moves, sources))
@@ -104,8 +125,9 @@ def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) ->
             if isinstance(at.alpha, Node) or at.alpha != 1:
                 term = match.call(aten.mul.Tensor, term, at.alpha)
             mask = term if mask is None else match.call(aten.add.Tensor, _additive(match, mask, at.dtype), term)
-        elif isinstance(at, Cast) and mask is not None and val(mask).dtype != torch.bool:
-            mask = match.call(aten.to.dtype, mask, at.dtype)
+        elif isinstance(at, Cast) and mask is not None and val(mask).dtype not in (torch.bool, at.dtype):
+            if i < last or not widens(val(mask).dtype, at.dtype):  # at the end it would only take more room
+                mask = match.call(aten.to.dtype, mask, at.dtype)
         elif isinstance(at, Scale) and mask is not None and val(mask).dtype != torch.bool:
             mask = multiply(match, mask, at)
         elif isinstance(at, Scale) and mask is not None:

@@ -70,6 +70,14 @@ class Cast:
 
 Instruction = Scale | Add | Fill | Cast
 
+
+def tensor_of(step: Instruction) -> Node | None:
+    """The tensor that an instruction adds or fills by."""
+    if isinstance(step, Add):
+        return step.term
+    return step.condition if isinstance(step, Fill) else None
+
+
 _ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
 _SUBS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
 _MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
@@ -231,20 +239,26 @@ def _is_row_shift(step: Step) -> bool:
     if arguments(node).get("alpha", 1) != 1 or step.others:
         return False
     shift = node.args[1]
-    while isinstance(shift, Node) and (is_copy(shift) or shift.target is aten.detach.default):
+    last = val(step.before).dim() - 1
+    kept = False
+    while isinstance(shift, Node) and (is_copy(shift) or shift.target in (aten.detach.default, aten.unsqueeze.default)):
+        if shift.target is aten.unsqueeze.default:
+            if kept or shift.args[1] not in (-1, last):
+                return False
+            kept = True
         shift = shift.args[0]
     if not isinstance(shift, Node):
         return False
-    dims: Any = None
-    if shift.target is aten.amax.default:
-        dims, source, keepdim = arguments(shift)["dim"], shift.args[0], arguments(shift)["keepdim"]
-    elif isinstance(shift.args[0], Node) and shift.args[0].target is aten.max.dim and shift.args[1] == 0:
+    reduction = shift
+    if isinstance(shift.args[0], Node) and shift.args[0].target is aten.max.dim and shift.args[1] == 0:
         reduction = shift.args[0]
-        dims, source, keepdim = [arguments(reduction)["dim"]], reduction.args[0], arguments(reduction)["keepdim"]
-    else:
+    elif shift.target is not aten.amax.default:
         return False
-    last = val(step.before).dim() - 1
-    return source is step.before and bool(keepdim) and [d % (last + 1) for d in dims] == [last]
+    given = arguments(reduction)
+    dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]
+    return (
+        reduction.args[0] is step.before and bool(given["keepdim"]) != kept and [d % (last + 1) for d in dims] == [last]
+    )
 
 
 def _name(node: Node) -> str:

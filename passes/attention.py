@@ -60,7 +60,8 @@ class FuseAttention(Fusion):
         bad = _unsupported(roles)
         if bad is not None:
             return Miss(bad, node, progress)
-        arranged = plan(roles.program, roles.sizes, (*roles.q.scales, *roles.k.scales), roles.is_causal)
+        scales = (*roles.q.scales, *roles.k.scales)
+        arranged = plan(roles.program, roles.sizes, scales, roles.covered, roles.is_causal)
         if isinstance(arranged, Miss):
             return Miss(arranged.reason, arranged.node, progress)
         bindings: dict[str, Any] = {"q": roles.q.base, "k": roles.k.base, "v": roles.v.base, "scale": arranged.scale}
@@ -78,7 +79,9 @@ class FuseAttention(Fusion):
             "empty_rows": roles.empty_rows,
             "grouped": not known_equal(roles.k.heads, roles.sizes[1]),
         }
-        return AttentionMatch((roles.output,), roles.covered, bindings, tags, roles=roles, plan=arranged)
+        return AttentionMatch(
+            (roles.output,), roles.covered | arranged.covered, bindings, tags, roles=roles, plan=arranged
+        )
 
     def rewrite(self, match: Match) -> Node:
         """Bring the operands to [B, H, M, D], make one mask, call the op, give the result its old shape."""

@@ -288,6 +288,29 @@ def row_maximum_subtracted(q, k, v, m):
     return attend(scores - scores.amax(-1, keepdim=True).detach() + m, v)
 
 
+def stabilised_twice(q, k, v, m):
+    """CogView: divided, shifted by the row maximum, multiplied again."""
+    scores = (q @ k.mT + m) / 32.0
+    return attend((scores - scores.amax(-1).unsqueeze(-1)) * 32.0, v)
+
+
+def mask_expanded_as_scores(q, k, v, m):
+    scores = q @ k.mT
+    return attend(scores.masked_fill((m[:, :1] > 0).expand_as(scores), -math.inf), v)
+
+
+def bias_shaped_as_scores(q, k, v, m):
+    scores = q.reshape(8, 5, 8) @ k.reshape(8, 7, 8).mT
+    return attend(scores + m.reshape_as(scores), v.reshape(8, 7, 8))
+
+
+def bias_split_over_keys(q, k, v, m):
+    """Relative positions of an image: keys are viewed apart to add a term for each axis."""
+    k, v = k[:, :, :6], v[:, :, :6]
+    scores = (q @ k.mT).view(2, 4, 5, 2, 3) + m[..., :2, None] + m[..., None, 2:5]
+    return attend(scores.view(2, 4, 5, 6), v)
+
+
 def handwritten_softmax(q, k, v, m):
     scores = q @ k.mT * 0.3
     weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
@@ -325,8 +348,9 @@ FORMS = [
     where_min, where_tensor_min, filled, filled_in_place, filled_all, bias_then_where, where_then_bias, two_wheres,
     softmax_in_fp32, cast_around_softmax, scores_in_fp32, dropped_out, einsum, einsum_sequence_first, three_dims,
     three_dims_mask_round_trip, three_dims_mask, baddbmm, baddbmm_empty, two_dims, five_dims, windows_of_masks,
-    shared_keys, one_kv_head, row_maximum_subtracted, handwritten_softmax, laid_out, sdpa, sdpa_mask, sdpa_bool,
-    sdpa_causal, sdpa_three_dims,
+    shared_keys, one_kv_head, row_maximum_subtracted, stabilised_twice,
+    mask_expanded_as_scores, bias_shaped_as_scores, bias_split_over_keys, handwritten_softmax, laid_out, sdpa,
+    sdpa_mask, sdpa_bool, sdpa_causal, sdpa_three_dims,
 ]  # fmt: skip
 
 
