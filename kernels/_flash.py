@@ -258,7 +258,7 @@ def flash_attention(
     flags = {"MASK": kind, "IS_CAUSAL": is_causal, "ZERO_EMPTY": zero_empty}
     if rows <= MAX_DECODE_ROWS and rows * group <= MAX_GROUP_ROWS:
         block_r = max(16, _triton.next_power_of_2(rows * group))
-        block_n = 64 if wide <= 256 else 32
+        block_n, warps, stages = _split_blocks(wide, common.itemsize, block_r)
         splits, tiles_each = _split(batch * kv_heads, _triton.ceil_div(keys, block_n), q.device)
         direct = splits == 1
         partial = q.new_empty((out.numel() // width, splits, width) if not direct else 0, dtype=torch.float32)
@@ -267,7 +267,7 @@ def flash_attention(
             q, k, v, q if mask is None else mask, out, partial, tops, weights,
             kv_heads, group, rows, keys, tiles_each, scale, *strides,
             **flags, SKIP_MINIMA=skip_minima, DIRECT=direct, **shape, BLOCK_R=block_r, BLOCK_N=block_n,
-            num_warps=4 if block_r <= 32 else 8, num_stages=3 if wide <= 256 else 2,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if not direct:
             _combine_kernel[(out.numel() // width,)](
@@ -296,9 +296,15 @@ def _prefill_blocks(row_bytes: int, itemsize: int, masked: bool) -> tuple[int, i
     return 128, 64, 4 if row_bytes <= 128 else 8, 3
 
 
+def _split_blocks(row_bytes: int, itemsize: int, block_r: int) -> tuple[int, int, int]:
+    """(keys, warps, stages) a tile of the splitting kernel, chosen likewise."""
+    small = itemsize < 4 and row_bytes <= 256
+    return 64 if small else 32, 4 if small and block_r <= 32 else 8, 3 if small else 2
+
+
 def _split(programs: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """(splits, key tiles each): enough splits for two programs a multiprocessor, each with at least one tile."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     splits = max(1, min(tiles, MAX_SPLITS, _triton.ceil_div(2 * multiprocessors, programs)))
     each = _triton.ceil_div(tiles, splits)
     return _triton.ceil_div(tiles, each), each
@@ -327,11 +333,14 @@ def _prefill_example(name: str, dtype: str, mask: str | None, d: int, causal: bo
     return CompileExample(name, _prefill_kernel, signature, values, warps, stages)
 
 
-def _split_example(name: str, dtype: str, mask: str | None, d: int, **flags: Any) -> CompileExample:
+def _split_example(name: str, dtype: str, mask: str | None, d: int, rows: int = 16, **flags: Any) -> CompileExample:
+    itemsize = 4 if dtype == "fp32" else 2
+    widths = _widths(d)
+    block_n, warps, stages = _split_blocks(widths["BLOCK_D"] * itemsize, itemsize, rows)
     values = {"MASK": MASK_KINDS[mask], "IS_CAUSAL": False, "ZERO_EMPTY": False, "SKIP_MINIMA": mask == "bf16"}
-    values |= {"DIRECT": False, "m_key": 1, **_widths(d), "BLOCK_R": 16, "BLOCK_N": 64, **flags}
+    values |= {"DIRECT": False, "m_key": 1, **widths, "BLOCK_R": rows, "BLOCK_N": block_n, **flags}
     signature = _signature(_split_kernel, dtype, mask, "kv_heads group rows keys tiles_each")
-    return CompileExample(name, _split_kernel, signature, values, 4 if values["BLOCK_R"] <= 32 else 8)
+    return CompileExample(name, _split_kernel, signature, values, warps, stages)
 
 
 MASK_KINDS = {None: NO_MASK, "u8": BOOL_MASK, "fp16": FLOAT_MASK, "bf16": FLOAT_MASK, "fp32": FLOAT_MASK}
@@ -343,8 +352,9 @@ COMPILE_EXAMPLES = (
     _prefill_example("prefill, 256", "bf16", None, 256, True),
     _split_example("decode, 128", "bf16", None, 128),
     _split_example("decode in a static cache, 64", "bf16", "bf16", 64),
-    _split_example("decode of 8 rows of 8 heads, bool mask", "fp16", "u8", 128, BLOCK_R=64),
+    _split_example("decode of 8 rows of 8 heads, bool mask", "fp16", "u8", 128, 64),
     _split_example("decode, 64, float32, one split", "fp32", "fp32", 64, DIRECT=True),
+    _split_example("decode, 256", "bf16", "u8", 256),
     CompileExample(
         "combine", _combine_kernel,
         {"partial": "*fp32", "tops": "*fp32", "weights": "*fp32", "out": "*bf16", "splits": "i32"},

@@ -58,6 +58,7 @@ for kernel in declared - covered:
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_kernel_compiles(capability):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -4,6 +4,9 @@ import torch
 from fxopt.kernels.rms_norm import add_rms_norm, rms_norm
 from fxopt.ops import Target
 
+# The interpreter computes with numpy, which warns of NaN and infinities.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SHAPES = [(2, 3, 8), (1, 1, 576), (5, 33), (7, 1), (1000,), (3, 2, 130), (2, 9000)]
 # weighted, weight_offset, round_to is x's dtype, out_dtype is x's dtype

@@ -1,0 +1,320 @@
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+from fxopt.kernels import _flash
+from fxopt.kernels import attention as module
+from fxopt.kernels.attention import attention
+from fxopt.ops import Target
+
+# The interpreter computes with numpy, which warns of NaN and infinities.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+INF = float("inf")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+# Sums over many keys in another order than eager's: more than its error and one ulp, where eager was lucky.
+ULPS = 4
+
+# B, Hq, Hkv, M, N, D, Dv
+DECODE = [(1, 4, 2, 1, 70, 16, 16), (2, 4, 1, 1, 200, 40, 24), (1, 6, 2, 5, 100, 80, 80), (1, 1, 1, 1, 1, 1, 1),
+          (1, 3, 3, 16, 33, 64, 64), (1, 9, 3, 1, 300, 64, 64)]  # fmt: skip
+PREFILL = [(1, 2, 2, 40, 70, 72, 96), (1, 2, 1, 130, 67, 64, 64), (1, 4, 2, 17, 17, 40, 40), (1, 1, 1, 129, 1, 3, 5)]
+
+
+def qkv(shape, dtype=F32, device="cpu", spread=1.0):
+    batch, heads, kv_heads, rows, keys, width, value_width = shape
+    make = lambda h, n, d: (torch.randn(batch, h, n, d, device=device) * spread).to(dtype)  # noqa: E731
+    return make(heads, rows, width), make(kv_heads, keys, width), make(kv_heads, keys, value_width)
+
+
+def masks(shape, dtype, device="cpu"):
+    batch, heads, _, rows, keys, *_ = shape
+    padding = torch.rand(batch, 1, 1, keys, device=device) < 0.7
+    padding[..., 0] = True
+    return {
+        "none": None,
+        "bool": padding,
+        "bool, all heads": torch.rand(1, heads, rows, keys, device=device) < 0.6,
+        "2-D": torch.randn(rows, keys, device=device).to(dtype),
+        "bias": torch.randn(1, heads, rows, keys, device=device).to(dtype),
+        "-inf": torch.zeros(padding.shape, device=device).masked_fill(~padding, -INF).to(dtype),
+        "finfo.min": torch.zeros(padding.shape, device=device).masked_fill(~padding, torch.finfo(dtype).min).to(dtype),
+        "float32 bias": torch.randn(batch, 1, 1, 1, device=device),
+    }
+
+
+def exact(q, k, v, mask, scale, is_causal, empty_rows):
+    q, k, v = (t.double() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask.double()
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=q.device).triu(1).bool(), -INF)
+    weights = torch.softmax(scores, -1)
+    return (weights.nan_to_num(0.0) if empty_rows == "zero" else weights) @ v
+
+
+def spelled_out(q, k, v, mask, scale, is_causal, empty_rows):
+    """The eager computation at the inputs' own dtype."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=q.device).triu(1).bool(), -INF)
+    weights = torch.softmax(scores, -1, dtype=F32).to(v.dtype)
+    return (weights.nan_to_num(0.0) if empty_rows == "zero" else weights) @ v
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("shape", DECODE + PREFILL, ids=str)
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+def test_against_float64(assert_as_good_as, implementation, shape, dtype):
+    q, k, v = qkv(shape, dtype)
+    for mask in masks(shape, dtype).values():
+        for is_causal, empty_rows in ((False, "nan"), (False, "zero"), (True, "nan")):
+            args = (q, k, v, mask, 0.2, is_causal, empty_rows)
+            y = attention.run(implementation, *args)
+            assert_as_good_as(y, spelled_out(*args), exact(*args), ULPS)
+
+
+def check_kernel(assert_as_good_as, shape, dtype, kind, is_causal, device):
+    mask = masks(shape, dtype, device)[kind]
+    args = (*qkv(shape, dtype, device), mask, 0.2, is_causal, "nan")
+    assert_as_good_as(attention.run("triton", *args), spelled_out(*args), exact(*args), ULPS)
+
+
+@pytest.mark.parametrize("shape", DECODE + PREFILL, ids=str)
+@pytest.mark.parametrize(
+    "dtype, kind, is_causal", [(F32, "bias", False), (BF16, "finfo.min", False), (F16, "none", True)]
+)
+def test_kernels_at_odd_sizes(assert_as_good_as, triton_device, shape, dtype, kind, is_causal):
+    check_kernel(assert_as_good_as, shape, dtype, kind, is_causal, triton_device)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", masks((1, 1, 1, 1, 1), F32))
+def test_kernels_with_every_kind_of_mask(assert_as_good_as, triton_device, kind, is_causal, rows):
+    for dtype in (F32, BF16, F16):
+        check_kernel(assert_as_good_as, (1, 4, 2, rows, 70, 16, 16), dtype, kind, is_causal, triton_device)
+
+
+@pytest.mark.parametrize("empty_rows", ["nan", "zero"])
+@pytest.mark.parametrize("kind", ["bool", "-inf"])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 1, 150, 16, 16), (2, 4, 2, 20, 70, 16, 8), (2, 4, 4, 3, 9, 8, 8)], ids=str)
+@pytest.mark.parametrize("implementation", ["reference", "sdpa", "triton"])
+def test_rows_without_live_keys(assert_as_good_as, triton_device, implementation, shape, kind, empty_rows):
+    q, k, v = qkv(shape, device=triton_device)
+    live = torch.rand(2, 1, shape[3], shape[4], device=triton_device) < 0.5
+    live[..., 0] = True
+    live[0, :, -1] = False
+    mask = live if kind == "bool" else torch.zeros(live.shape, device=triton_device).masked_fill(~live, -INF)
+    args = (q, k, v, mask, 0.2, False, empty_rows)
+    y, right = attention.run(implementation, *args), exact(*args)
+    empty = y[0, :, -1]
+    assert empty.isnan().all() if empty_rows == "nan" else (empty == 0).all()
+    assert_as_good_as(y, spelled_out(*args), right, ULPS)
+
+
+@pytest.mark.parametrize("dtype, mask_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)])
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("implementation", ["reference", "sdpa", "triton"])
+def test_rows_of_finfo_min_are_uniform(assert_as_good_as, triton_device, implementation, rows, dtype, mask_dtype):
+    shape = (2, 4, 2, rows, 150, 16, 16)
+    q, k, v = qkv(shape, dtype, triton_device)
+    mask = torch.zeros(2, 1, rows, 150, device=triton_device, dtype=mask_dtype)
+    mask[1, :, :, 100:] = mask[0] = torch.finfo(mask_dtype).min
+    args = (q, k, v, mask, 0.2, False, "nan")
+    y, right = attention.run(implementation, *args), exact(*args)
+    if mask_dtype != F16:
+        right[0] = v[0].double().mean(-2, keepdim=True).repeat_interleave(2, 0)  # float64 tells finfo.min + s apart
+    assert_as_good_as(y, spelled_out(*args), right, ULPS)
+
+
+@pytest.mark.parametrize("mask_dtype", [F32, BF16, torch.bool])
+@pytest.mark.parametrize("written", [[0, 1, 2], [100, 101], [5, 200], list(range(64, 128)), [299]], ids=str)
+def test_a_static_cache_reads_only_tiles_with_live_keys(triton_device, written, mask_dtype):
+    q, k, v = qkv((2, 4, 2, 1, 300, 16, 16), device=triton_device)
+    mask = torch.zeros(2, 1, 1, 300, device=triton_device, dtype=mask_dtype)
+    mask[..., written] = 1
+    if mask_dtype != torch.bool:
+        mask = (1 - mask) * torch.finfo(mask_dtype).min
+    args = (mask, 0.2, False, "nan")
+    right = exact(q, k, v, *args)
+    for start in range(0, 300, 64):  # tiles in which nothing was written may hold anything
+        if not any(start <= position < start + 64 for position in written):
+            k[:, :, start : start + 64] = v[:, :, start : start + 64] = float("nan")
+    torch.testing.assert_close(attention.run("triton", q, k, v, *args).double(), right, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_one_tile_may_differ_in_what_is_live(assert_as_good_as, triton_device):
+    q, k, v = qkv((1, 2, 1, 3, 200, 16, 16), device=triton_device)
+    low = torch.finfo(F32).min
+    mask = torch.full((1, 1, 3, 200), low, device=triton_device)
+    mask[0, 0, 0, 150] = mask[0, 0, 1, 10:20] = 0.0  # row 2 has no live key and stays uniform
+    args = (q, k, v, mask, 0.2, False, "nan")
+    y, right = attention.run("triton", *args), exact(*args)
+    right[:, :, 2] = v.double().mean(-2)
+    assert_as_good_as(y, spelled_out(*args), right, ULPS)
+    mask[0, 0, 2] = -INF
+    assert attention.run("triton", *args)[:, :, 2].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("implementation", ["sdpa", "triton"])
+def test_huge_values(assert_as_good_as, triton_device, implementation, rows):
+    q, k, v = qkv((1, 4, 2, rows, 70, 16, 16), device=triton_device, spread=1e4)
+    args = (q, k, v, torch.randn(1, 1, rows, 70, device=triton_device) * 1e4, 0.25, False, "nan")
+    assert_as_good_as(attention.run(implementation, *args), spelled_out(*args), exact(*args), ULPS)
+
+
+@pytest.mark.parametrize("value", [INF, float("nan")])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_infinite_and_nan_scores(triton_device, rows, value):
+    q, k, v = qkv((1, 2, 1, rows, 70, 16, 16), device=triton_device)
+    mask = torch.zeros(1, 1, rows, 70, device=triton_device)
+    mask[..., 0, 3] = value
+    y = attention.run("triton", q, k, v, mask, 0.25)
+    assert torch.equal(y.isnan(), attention.reference(q, k, v, mask, 0.25).isnan())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "triton"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_strides(triton_device, implementation, rows):
+    base = torch.randn(2, 80, 3, 4, 16, device=triton_device)
+    q = base[:, :rows, 0].transpose(1, 2)
+    cache = torch.randn(3, 2, 2, 128, 20, device=triton_device)  # a view into a static cache
+    k, v = cache[0, :, :, :70, :16], cache[1, :, :, 1:71, 4:]
+    last = torch.randn(2, 2, 16, 70, device=triton_device).transpose(2, 3)
+    for mask in (None, torch.randn(1, 1, 1, 70).to(q), torch.randn(2, 1, 70, rows).to(q).transpose(2, 3),
+                 torch.randn(2, 4, rows, 140).to(q)[..., ::2], torch.randn(4, rows, 1).to(q)):  # fmt: skip
+        for keys in (k, last):
+            args = (q, keys, v, mask, 0.3)
+            torch.testing.assert_close(attention.run(implementation, *args), attention.reference(*args))
+
+
+@pytest.mark.parametrize("shape", [
+    (0, 4, 2, 3, 5, 8, 8), (2, 4, 2, 0, 5, 8, 8), (2, 4, 2, 3, 0, 8, 8), (2, 4, 2, 1, 0, 8, 8), (2, 4, 4, 3, 5, 8, 0),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("implementation", ["sdpa", "triton"])
+def test_zero_sizes(triton_device, implementation, shape):
+    q, k, v = qkv(shape, device=triton_device)
+    for mask in (None, torch.zeros(1, 1, shape[3], shape[4], device=triton_device)):
+        y = attention.run(implementation, q, k, v, mask, 0.3)
+        torch.testing.assert_close(y, attention.reference(q, k, v, mask, 0.3))
+
+
+def test_v_of_another_dtype(triton_device):
+    q, k, v = qkv((1, 4, 2, 3, 9, 8, 8), device=triton_device)
+    v = v.to(BF16)
+    for implementation in ("sdpa", "triton"):
+        y = attention.run(implementation, q, k, v, None, 0.3)
+        assert y.dtype == BF16
+        torch.testing.assert_close(y, attention.reference(q, k, v, None, 0.3))
+
+
+@pytest.mark.parametrize("shape", [DECODE[0], DECODE[2], PREFILL[2]], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_opcheck(shape, dtype):
+    q, k, v = qkv(shape, dtype)
+    for name, mask in masks(shape, dtype).items():
+        if name in ("none", "bool", "bias"):
+            torch.library.opcheck(attention.overload, (q, k, v, mask, 0.2, name == "none", "zero"))
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(attention.overload, (q, k, v, None, 0.2))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradcheck(is_causal):
+    q, k, v = (t.requires_grad_() for t in qkv((1, 4, 2, 3, 5, 4, 2), F64))
+    bias = torch.randn(1, 4, 3, 5, dtype=F64, requires_grad=True)
+    for implementation in (attention, lambda *a: attention.run("sdpa", *a)):
+        assert torch.autograd.gradcheck(lambda *a: implementation(*a, 0.3, is_causal, "nan"), (q, k, v, bias))  # noqa: B023
+
+
+def test_gradients_of_masked_keys_are_zero_not_nan():
+    q, k, v = (t.requires_grad_() for t in qkv((1, 2, 2, 3, 5, 4, 4)))
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    mask[..., 3:] = False
+    for run in (attention, lambda *a: attention.run("sdpa", *a)):
+        for grad in torch.autograd.grad(run(q, k, v, mask, 0.3).sum(), (q, k, v)):
+            assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("implementation", ["op", "sdpa"])
+def test_dynamic_shapes(implementation):
+    run = attention if implementation == "op" else attention.implementations[-1].run
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v, mask: run(q, k, v, mask, 0.3, False, "nan"), backend=counter, dynamic=True, fullgraph=True
+    )
+    for rows, keys in ((3, 5), (6, 9), (4, 11)):
+        q, k, v = qkv((2, 4, 2, rows, keys, 8, 8))
+        mask = torch.randn(2, 1, rows, keys)
+        torch.testing.assert_close(compiled(q, k, v, mask), attention.reference(q, k, v, mask, 0.3))
+    assert counter.frame_count == 1
+
+
+def test_one_row_reads_a_kv_head_once_on_the_cpu():
+    q, k, v = qkv((2, 6, 2, 1, 9, 8, 8))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda *a: attention.run("sdpa", *a, None, 0.3), pre_dispatch=True
+    )(q, k, v)
+    (sdpa,) = [n for n in graph.graph.nodes if n.target == torch.ops.aten.scaled_dot_product_attention.default]
+    assert sdpa.args[0].meta["val"].shape == (2, 2, 3, 8)
+
+
+def long_case(rows=1, keys=module.DECODE_KEYS, dtype=BF16, width=64, scale=0.1):
+    q, k, v = qkv((1, 2, 1, rows, keys, width, width), dtype)
+    return attention.bind(q, k, v, None, scale)
+
+
+REPLAYED = Target(CUDA, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("target, args, chosen", [
+    (REPLAYED, long_case(), "triton"),
+    (REPLAYED, long_case(rows=_flash.MAX_DECODE_ROWS), "triton"),
+    (REPLAYED, long_case(rows=_flash.MAX_DECODE_ROWS + 1), "sdpa"),
+    (REPLAYED, long_case(keys=100), "sdpa"),
+    (Target(CUDA, training=True, cuda_graphs=True), long_case(), "sdpa"),
+    (Target(CUDA), long_case(), "sdpa"),
+    (Target(CUDA, compiled=False), long_case(), "sdpa"),
+    (REPLAYED, long_case(dtype=F64), "sdpa"),
+    (REPLAYED, long_case(width=264), "sdpa"),
+    (Target(CPU), long_case(), "sdpa"),
+    (Target(CPU), long_case(scale=-0.1), "reference"),
+])  # fmt: skip
+def test_which_implementation_serves_where(target, args, chosen):
+    pytest.importorskip("triton")
+    implementation, passed_over = attention.select(target, *args)
+    assert implementation.name == chosen
+    assert implementation.opaque == (chosen == "triton")
+    assert all(reason for _, reason in passed_over)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("rows", [1, 8, 512])
+def test_at_the_size_of_a_model(assert_as_good_as, rows, dtype):
+    q, k, v = qkv((2, 32, 8, rows, 2048, 128, 128), dtype, "cuda")
+    live = torch.arange(2048, device="cuda") < 700
+    additive = torch.zeros(1, 1, 1, 2048, device="cuda", dtype=dtype).masked_fill(~live, torch.finfo(dtype).min)
+    for mask in (None, live[None, None, None], additive):
+        for implementation in ("sdpa", "triton"):
+            args = (q, k, v, mask, 128**-0.5, False, "nan")
+            assert_as_good_as(attention.run(implementation, *args), spelled_out(*args), exact(*args), ULPS)
+
+
+def test_sdpa_is_what_the_zero_rule_describes():
+    q, k, v = qkv((1, 2, 2, 3, 5, 4, 4))
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    mask[..., 1, :] = False
+    expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+    torch.testing.assert_close(attention(q, k, v, mask, 0.3, False, "zero"), expected)
