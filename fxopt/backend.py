@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.gate import refusal
 from fxopt.graph.retrace import RetraceError, retrace
-from fxopt.lower.compile import compile_graph, gradients_flow, missing_compiler, run_eagerly
+from fxopt.lower.compile import compile_graph, gradients_flow, missing_compiler, run_eagerly, uses_cuda_graphs
 from fxopt.lower.implementations import Choice, place_implementations
 from fxopt.options import Options
 from fxopt.rewrite import verdicts
@@ -124,7 +124,12 @@ def _lower(
     if recording():
         report.after = _text(fused)
     with _timed(report, "place"):
-        choices = place_implementations(fused, training=gradients_flow(example_inputs), compiled=compiled)
+        choices = place_implementations(
+            fused,
+            training=gradients_flow(example_inputs),
+            compiled=compiled,
+            cuda_graphs=compiled and uses_cuda_graphs(options),
+        )
     report.sites = [_site(choice) for choice in choices]
     return _compile(fused, example_inputs, options, report)
 

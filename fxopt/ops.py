@@ -44,6 +44,7 @@ class Target:
     device: torch.device
     training: bool = False  # gradients will flow through the op
     compiled: bool = True  # Inductor compiles the rest of the graph; False: it runs op by op
+    cuda_graphs: bool = False  # launches are replayed from a CUDA graph: what an opaque call costs the host is nothing
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Implementation:
     run: Callable[..., Any]  # same arguments and results as the op
     opaque: bool = False
     when: When | None = None
+    overload: torch._ops.OpOverload | None = None  # of an opaque one: the call that stays in the compiled graph
 
     def objection(self, target: Target, *args: Any) -> str | None:
         """Why this implementation can't serve these arguments there, or None."""
@@ -66,10 +68,12 @@ class FusedOp:
 
     name: str
     reference: Callable[..., Any]
-    overload: torch._ops.OpOverload
+    overload: torch._ops.OpOverload = None  # type: ignore[assignment]  # set once it is defined
     implementations: list[Implementation] = field(default_factory=list)
     contiguous: bool = False
     _library: Any = None
+    _signature: str = ""  # the schema from its first parenthesis on
+    _fake: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op through the dispatcher (one node in a traced graph)."""
@@ -87,14 +91,18 @@ class FusedOp:
         """Declare a way to compute the op. Order of declaration is order of preference."""
 
         def declare(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.implementations.append(Implementation(name, run, opaque, when))
+            overload = self._define(f"{self.overload._overloadname}_{name}", run) if opaque else None
+            self.implementations.append(Implementation(name, run, opaque, when, overload))
             return run
 
         return declare
 
     def fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Declare the shape rule: takes fake tensors, returns empty ones of the result's shape, dtype and strides."""
-        torch.library.register_fake(self._qualified_name, fn, lib=self._library, allow_override=True)
+        self._fake = fn
+        for overload in (self.overload, *(i.overload for i in self.implementations)):
+            if overload is not None:
+                torch.library.register_fake(_qualified(overload), fn, lib=self._library, allow_override=True)
         return fn
 
     def select(self, target: Target, *args: Any) -> tuple[Implementation, list[tuple[str, str]]]:
@@ -117,12 +125,29 @@ class FusedOp:
         known = ", ".join([i.name for i in self.implementations] + ["reference"])
         raise ValueError(f"{self.name} has no implementation {implementation!r}; it has {known}")
 
-    @property
-    def _qualified_name(self) -> str:
-        return f"{NAMESPACE}::{self.name}.{self.overload._overloadname}"
+    def _define(self, overload_name: str, run: Callable[..., Any]) -> torch._ops.OpOverload:
+        """An overload of the op that runs `run`, with no choice left to make when it is called."""
+        parameters = inspect.signature(self.reference).parameters.values()
+        defaults = tuple(p.default for p in parameters)
 
-    def _execute(self, *args: Any, **kwargs: Any) -> Any:
-        args = self.bind(*args, **kwargs)
+        def call(*args: Any) -> Any:
+            return run(*args, *defaults[len(args) :])  # the dispatcher drops trailing defaults
+
+        known = getattr(getattr(torch.ops, NAMESPACE), self.name, None)
+        name = f"{self.name}.{overload_name}"
+        if known is None or overload_name not in known.overloads():
+            self._library.define(name + self._signature, tags=(torch.Tag.pt2_compliant_tag,))
+        self._library.impl(name, call, "CompositeExplicitAutograd", allow_override=True)
+        overload = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload_name)
+        torch.library.register_autograd(
+            _qualified(overload), self._backward, setup_context=_save_arguments, lib=self._library
+        )
+        if self._fake is not None:
+            torch.library.register_fake(_qualified(overload), self._fake, lib=self._library, allow_override=True)
+        _OPS[overload] = self
+        return overload
+
+    def _execute(self, *args: Any) -> Any:
         device = next(a.device for a in args if isinstance(a, Tensor))
         chosen, _ = self.select(Target(device=device, compiled=False), *args)
         result = chosen.run(*args)
@@ -168,17 +193,10 @@ def fused_op(
         parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
         if [a.name for a in parsed.arguments] != list(inspect.signature(reference).parameters):
             raise ValueError(f"the parameters of {reference.__qualname__} are not those of the schema {schema!r}")
-        overload_name = "v" + _source_hash(reference, sources)
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        overload = getattr(getattr(torch.ops, NAMESPACE), name, None)
-        if overload is None or overload_name not in overload.overloads():
-            library.define(f"{name}.{overload_name}({rest}", tags=(torch.Tag.pt2_compliant_tag,))
-        overload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload_name)
-        op = FusedOp(name, reference, overload, contiguous=contiguous, _library=library)
-        library.impl(f"{name}.{overload_name}", op._execute, "CompositeExplicitAutograd", allow_override=True)
-        torch.library.register_autograd(op._qualified_name, op._backward, setup_context=_save_arguments, lib=library)
+        op = FusedOp(name, reference, contiguous=contiguous, _library=library, _signature=f"({rest}")
+        op.overload = op._define("v" + _source_hash(reference, sources), op._execute)
         op.__doc__ = reference.__doc__
-        _OPS[overload] = op
         return op
 
     return define
@@ -187,6 +205,10 @@ def fused_op(
 def find_op(target: Any) -> FusedOp | None:
     """The fused op behind a graph node's target, or None."""
     return _OPS.get(target)
+
+
+def _qualified(overload: torch._ops.OpOverload) -> str:
+    return f"{overload.namespace}::{overload._schema.name.split('::')[1]}.{overload._overloadname}"
 
 
 def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

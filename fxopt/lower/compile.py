@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -41,13 +42,22 @@ def _missing_for(device_type: str) -> str | None:
     return None
 
 
+def uses_cuda_graphs(options: Options) -> bool:
+    """Whether Inductor will replay the graph as a CUDA graph in this mode, where it can."""
+    return bool(_patches(options).get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+
+def _patches(options: Options) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(options.mode)) | dict(options.inductor)
+
+
 def compile_graph(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile with Inductor in the mode that `options` names; what it returns takes and gives flat arguments."""
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(list_mode_options(options.mode)) | dict(options.inductor)
-    return compile_fx(module, list(example_inputs), config_patches=patches)
+    return compile_fx(module, list(example_inputs), config_patches=_patches(options))
 
 
 def run_eagerly(module: GraphModule, reason: str) -> Callable[..., Any]:

@@ -34,7 +34,9 @@ class Choice:
     passed_over: tuple[tuple[str, str], ...]
 
 
-def place_implementations(module: GraphModule, *, training: bool, compiled: bool) -> list[Choice]:
+def place_implementations(
+    module: GraphModule, *, training: bool, compiled: bool, cuda_graphs: bool = False
+) -> list[Choice]:
     """Give every fused op in the graph of `module` an implementation, in place; what was chosen, in graph order."""
     choices = []
     traces: dict[Any, GraphModule] = {}
@@ -45,9 +47,11 @@ def place_implementations(module: GraphModule, *, training: bool, compiled: bool
         args = op.bind(*node.args, **node.kwargs)
         fakes = tree_map(val, args)
         device = next(f.device for f in fakes if isinstance(f, Tensor))
-        chosen, passed_over = op.select(Target(device, training, compiled), *fakes)
+        chosen, passed_over = op.select(Target(device, training, compiled, cuda_graphs), *fakes)
         choices.append(Choice(node.name, op.name, chosen.name, node.meta.get("fxopt"), tuple(passed_over)))
-        if not chosen.opaque:
+        if chosen.overload is not None:
+            node.target = chosen.overload
+        else:
             _inline(module.graph, node, op, chosen, args, traces)
     module.graph.lint()
     module.recompile()

@@ -9,7 +9,6 @@ is narrower. No guard is added: where a comparison would need one, the match is 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +19,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from fxopt.compat import NewGuardError, no_new_guards
 from fxopt.graph.query import is_tensor, val, widens
 from fxopt.graph.symbols import is_static, same_shape
 from fxopt.match.matcher import Found, read_pattern
@@ -76,15 +76,18 @@ def difference(pattern: Pattern, found: Found) -> Miss | None:
 def _run_all(pattern: Pattern, found: Found, mode: Any) -> _Run:
     values = {v: val(found.bindings[name]) for name, v in pattern.variables.items() if name in found.bindings}
     results: dict[Node, Any] = {}
-    with mode, torch.no_grad(), _no_new_guards(mode.shape_env):
-        for node in _chosen(pattern, found):
-            if node.op == "placeholder":
-                continue
-            try:
-                value = values[node] = _run(node, found.pairs.get(node), values, found)
-            except Exception as error:  # ops raise anything on operands that don't fit, and a refused guard raises too
-                return _Run(results, (node, str(error)))
-            results[node] = (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else None
+    try:
+        with mode, torch.no_grad(), no_new_guards(mode.shape_env):
+            for node in _chosen(pattern, found):
+                if node.op == "placeholder":
+                    continue
+                try:
+                    value = values[node] = _run(node, found.pairs.get(node), values, found)
+                except Exception as error:  # ops raise anything on operands that don't fit, and a refused guard too
+                    return _Run(results, (node, str(error)))
+                results[node] = (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else None
+    except NewGuardError as error:
+        return _Run(results, (pattern.root, str(error)))
     return _Run(results)
 
 
@@ -206,10 +209,3 @@ def _dims(dims: Any, rank: int) -> str:
 
 def _shape(shape: Any) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _no_new_guards(shape_env: Any) -> AbstractContextManager[Any]:
-    if shape_env is None:
-        return nullcontext()
-    refuse = getattr(shape_env, "error_on_new_guards", None)  # torch 2.12
-    return refuse() if refuse is not None else shape_env.suppress_guards()
