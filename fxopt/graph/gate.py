@@ -85,8 +85,9 @@ def _node(node: Node) -> str | None:
         return f"a torch.func transform ({name})"
     if isinstance(target, type) and issubclass(target, torch.autograd.Function):
         return f"the autograd function {name}: the retrace would drop its backward"
-    if isinstance(getattr(target, "__self__", None), type) and issubclass(target.__self__, torch.autograd.Function):
-        return f"the autograd function {target.__self__.__name__}: the retrace would drop its backward"
+    owner = getattr(target, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return f"the autograd function {owner.__name__}: the retrace would drop its backward"
     if name in ("_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable"):
         return "saved-tensor hooks are switched inside the graph"
     return None

@@ -57,7 +57,8 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], options: O
     """Compile with Inductor in the mode that `options` names; what it returns takes and gives flat arguments."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(example_inputs), config_patches=_patches(options))
+    run: Any = compile_fx(module, list(example_inputs), config_patches=_patches(options))
+    return run
 
 
 def run_eagerly(module: GraphModule, reason: str) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -78,8 +79,9 @@ def _inline(
     originals = node.meta.get("val")
     if isinstance(originals, (tuple, list)):
         for user in list(node.users):
+            index: Any = user.args[1]
             assert user.target is operator.getitem
-            _replace(graph, user, results[user.args[1]])
+            _replace(graph, user, results[index])
         graph.erase_node(node)
     else:
         _replace(graph, node, results[0])
@@ -96,7 +98,8 @@ def _key(leaf: Any) -> Any:
 
 
 def _trace(program: Callable[..., Any], values: list[Any]) -> GraphModule:
-    mode = next(v.fake_mode for v in values if isinstance(v, Tensor))
+    mode = detect_fake_mode(values)
+    assert mode is not None
     with mode, torch.no_grad():
         return make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
 

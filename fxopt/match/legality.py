@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fxopt.graph.query import users
-from fxopt.graph.scope import Scope, is_mutable, is_random, storages
+from fxopt.graph.query import is_mutable, users
+from fxopt.graph.scope import Scope, is_random, storages
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 
