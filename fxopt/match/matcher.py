@@ -267,7 +267,7 @@ class Matcher:
             wanted = " or ".join(sorted({c.op for c in _real_consumers(p)})) or "nothing more"
             users = sorted({_describe(c) for c in consumers(g)})
             given = " and ".join(users) if users else "nothing but the program's result"
-            self.fail(found, f"{g.name} is used by {given}, the pattern's {read(origin(p)).op} by {wanted}", g)
+            self.fail(found, f"{g.name} is used by {given}, in the pattern by {wanted}", g)
             return
 
 
@@ -326,7 +326,8 @@ def _describe(call: Call) -> str:
 def _say(value: Any) -> str:
     if isinstance(value, Node):
         if value.op == "call_function" and isinstance(value.target, torch._ops.OpOverload):
-            return f"{value.name} ({_describe(read(value))})"
+            op = _describe(read(value))
+            return value.name if value.name.startswith(op) else f"{value.name} ({op})"
         return value.name
     if isinstance(value, (list, tuple)):
         return f"{len(value)} values"

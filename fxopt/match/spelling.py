@@ -30,7 +30,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import arguments, from_end, is_cast, is_copy, is_reshape, is_widening_cast, permutation, val
+from fxopt.graph.query import (
+    arguments,
+    from_end,
+    is_cast,
+    is_copy,
+    is_reshape,
+    is_widening_cast,
+    permutation,
+    users,
+    val,
+)
 from fxopt.graph.symbols import known_equal, same_shape
 
 #: other names of the same op
@@ -240,7 +250,7 @@ def _between(node: Any) -> list[Node]:
 
 def consumers(node: Node) -> Iterator[Call]:
     """The calls that use `node`'s value, seen through casts and copies, each in every reading that takes it in."""
-    for user in node.users:
+    for user in users(node):
         if user.op != "call_function":
             continue
         if source(user) is node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -85,11 +86,16 @@ class Fusion(ABC):
     @property
     def location(self) -> str:
         """file:line of the class, shown beside every node that it makes."""
-        try:
-            line = inspect.getsourcelines(type(self))[1]
-            return f"{inspect.getsourcefile(type(self))}:{line}"
-        except (OSError, TypeError):
-            return type(self).__module__
+        return _location(type(self))
+
+
+@functools.cache  # reading and tokenising the source takes 10 ms
+def _location(fusion: type[Fusion]) -> str:
+    try:
+        line = inspect.getsourcelines(fusion)[1]
+        return f"{inspect.getsourcefile(fusion)}:{line}"
+    except (OSError, TypeError):
+        return fusion.__module__
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ def test_miss_names_the_farthest_failure():
     assert "where the pattern has sin" in miss.reason
     assert miss.progress == 5
     (miss,) = none(pattern, lambda a, b: ((a.sin() * b).softmax(-1).exp() + 1).relu(), x, y)
-    assert miss.reason == "add is used by relu, the pattern's add by tanh"
+    assert miss.reason == "add is used by relu, in the pattern by tanh"
     assert none(pattern, lambda a: a.softmax(-1), x) == []
 
 

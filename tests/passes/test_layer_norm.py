@@ -90,7 +90,7 @@ def test_form(compiled, form, dtype):
     check(compiled, FORMS[form], x, w, b)
 
 
-@pytest.mark.parametrize("example", FuseLayerNorm().examples(), ids=lambda e: e.name)
+@pytest.mark.parametrize("example", list(FuseLayerNorm().examples()), ids=lambda e: e.name)
 def test_example(compiled, example):
     check(compiled, example.program, *example.inputs(), sites=example.sites, op=None)
 

@@ -178,7 +178,7 @@ def test_other_adds_are_left_alone(compiled, add):
     check(compiled, lambda x, r, w: FORMS["llama"](add(x, r), w), randn(2, 16), randn(2, 16), randn(16))
 
 
-@pytest.mark.parametrize("example", FuseRMSNorm().examples(), ids=lambda e: e.name)
+@pytest.mark.parametrize("example", list(FuseRMSNorm().examples()), ids=lambda e: e.name)
 def test_example(compiled, example):
     rec = check(compiled, example.program, *example.inputs(), sites=example.sites, op=None)
     assert example.refused is None or any(example.refused in reason for reason, _ in misses(rec))
@@ -200,8 +200,9 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, dynamic", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)], ids=str
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_real_bodies(compiled, name, dtype, dynamic):
     file, _, cls = name.partition(".")
@@ -254,7 +255,7 @@ REFUSED = {
     ),
     "eps outside the root": (
         lambda x, w: w * (x / (torch.sqrt(x.pow(2).mean(-1, keepdim=True)) + 1e-6)),
-        "mean is used by sqrt, the pattern's mean by add",
+        "mean is used by sqrt, in the pattern by add",
     ),
     "cubed": (
         lambda x, w: w * (x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + 1e-6)),
@@ -262,7 +263,7 @@ REFUSED = {
     ),
     "absolute": (
         lambda x, w: w * (x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + 1e-6)),
-        "(abs) where the pattern has square",
+        "abs_1 where the pattern has square",
     ),
     "another x": (
         lambda x, w: w * ((x + w) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
