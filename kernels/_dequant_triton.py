@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fxopt.kernels._int4 import Layout
@@ -27,7 +28,7 @@ _MANTISSA = tl.constexpr(0x4B000000) if tl is not None else 0x4B000000  # bits o
 
 @jit
 def _value(word, shift, base, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The BITS bits of `word` from `shift` on as float32, less `base` - 2^23. An int8 has 128 added to it."""
+    """The BITS bits of `word` from `shift` on (an int8 plus 128) as float32, less `base` - 2^23."""
     bits = (word >> shift) & ((1 << BITS) - 1)
     if BITS == 8:
         bits = bits ^ 0x80
@@ -42,11 +43,11 @@ def _affine(pointer, n, group, stride_n, stride_g, mask):  # type: ignore[no-unt
 
 @jit
 def _gemv(  # type: ignore[no-untyped-def]
-    x, w, scale, zero, minimum, bias, out, N, J,
+    x, w, scale, zero, minimum, bias, out, mantissa, N, J,
     x_k, w_n, w_j, s_n, s_g, z_n, z_g, m_n, m_g,
     GROUP: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr, HIGH: tl.constexpr,
-    BASE: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BIAS: tl.constexpr,
-    ONE_GROUP: tl.constexpr, SHARED: tl.constexpr,
+    SUBTRACT: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BIAS: tl.constexpr,
+    ONE_GROUP: tl.constexpr, SHARED: tl.constexpr, LANES: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -60,31 +61,42 @@ def _gemv(  # type: ignore[no-untyped-def]
         cells = rows[:, None] & (first < J)[None, :]
         word = tl.load(w + row * w_n + j.to(tl.int64)[None] * w_j, mask=rows[:, None, None] & inside[None], other=0)
         word = word.to(tl.int32)
+        if BITS == 8:  # signed bytes to 0 .. 255
+            word = word ^ (0x80 if LANES == 1 else -0x7F7F7F80)
         total = tl.zeros([BLOCK_N, CHUNKS, CHUNK], tl.float32)
-        for p in tl.static_range(VALUES):
-            place = VALUES - 1 - p if HIGH else p
-            k = (j // RUN) * (RUN * VALUES) + place * RUN + j % RUN
-            xs = tl.load(x + k * x_k, mask=inside, other=0).to(tl.float32)
-            group = ((first // RUN) * (RUN * VALUES) + place * RUN + first % RUN) // GROUP
+        for p in tl.static_range(LANES * VALUES):
+            place = VALUES - 1 - p % VALUES if HIGH else p % VALUES
+            element = j * LANES + p // VALUES
+            k = (element // RUN) * (RUN * VALUES) + place * RUN + element % RUN
+            head = first * LANES + p // VALUES
+            group = ((head // RUN) * (RUN * VALUES) + place * RUN + head % RUN) // GROUP
             if ONE_GROUP:
                 group = first * 0
-            base = tl.full([1, 1, 1], BASE, tl.float32)
+            # The value stays where it is in the word, which makes it `power` times as large; x is divided by that.
+            fits = BITS * p + BITS <= 23
+            bit = BITS * p if fits else BITS * p - (20 if BITS == 4 else 16)
+            power = 1 << bit
+            bits = (word if fits else word >> (20 if BITS == 4 else 16)) & (((1 << BITS) - 1) * power)
+            base = tl.full([1, 1, 1], 8388608.0 + SUBTRACT * power, tl.float32)
             if ZERO == 1:
-                base += _affine(zero, n[:, None], group[None, :], z_n, z_g, cells)[:, :, None]
-            value = _value(word, BITS * p, base, BITS)
+                base += power * _affine(zero, n[:, None], group[None, :], z_n, z_g, cells)[:, :, None]
+            value = (bits | mantissa).to(tl.float32, bitcast=True) - base
             if OFFSET != 0.0:
-                value -= OFFSET
+                value -= OFFSET * power
             if ZERO == 2:
-                value -= _affine(zero, n[:, None], group[None, :], z_n, z_g, cells)[:, :, None]
+                value -= power * _affine(zero, n[:, None], group[None, :], z_n, z_g, cells)[:, :, None]
+            xs = tl.load(x + k * x_k, mask=inside, other=0).to(tl.float32)
             if MINIMUM:
-                value = value * _affine(scale, n[:, None], group[None, :], s_n, s_g, cells)[:, :, None]
+                value *= (1.0 / power) * _affine(scale, n[:, None], group[None, :], s_n, s_g, cells)[:, :, None]
                 value += _affine(minimum, n[:, None], group[None, :], m_n, m_g, cells)[:, :, None]
+            else:
+                xs *= 1.0 / power
             if SHARED or MINIMUM or ONE_GROUP:
                 total += value * xs[None]
             else:
                 part = tl.sum(value * xs[None], axis=2)
                 acc += part * _affine(scale, n[:, None], group[None, :], s_n, s_g, cells)
-            if p == VALUES - 1 and SHARED and not (MINIMUM or ONE_GROUP):
+            if p == LANES * VALUES - 1 and SHARED and not (MINIMUM or ONE_GROUP):
                 acc += tl.sum(total, axis=2) * _affine(scale, n[:, None], group[None, :], s_n, s_g, cells)
         if MINIMUM or ONE_GROUP:
             acc += tl.sum(total, axis=2)
@@ -98,51 +110,64 @@ def _gemv(  # type: ignore[no-untyped-def]
 
 @jit
 def _tile(  # type: ignore[no-untyped-def]
-    x, w, scale, zero, minimum, bias, out, M, N, K,
+    x, w, scale, zero, minimum, bias, out, one, M, N, J,
     x_m, x_k, w_n, w_j, s_n, s_g, z_n, z_g, m_n, m_g,
     GROUP: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr, HIGH: tl.constexpr,
-    BASE: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BIAS: tl.constexpr,
-    ONE_GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE_DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SUBTRACT: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BIAS: tl.constexpr,
+    ONE_GROUP: tl.constexpr, SHARED: tl.constexpr, ALIGNED: tl.constexpr, EXACT: tl.constexpr, WIDE_DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = n < N
     row = m.to(tl.int64)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = k < K
-        cells = inside[:, None] & columns[None, :]
-        j = (k // (RUN * VALUES)) * RUN + k % RUN
-        place = (k % (RUN * VALUES)) // RUN
-        if HIGH:
-            place = VALUES - 1 - place
-        word = tl.load(w + n.to(tl.int64)[None, :] * w_n + j.to(tl.int64)[:, None] * w_j, mask=cells, other=0)
-        group = k[:, None] // GROUP
-        if ALIGNED:  # the tile lies in one group: its scale multiplies the tile's product
-            group = tl.full([1, 1], 0, tl.int32) + start // GROUP
-            cells = columns[None, :]
-        base = tl.full([1, 1], BASE, tl.float32)
-        if ZERO == 1:
-            base += _affine(zero, n[None, :], group, z_n, z_g, cells)
-        value = _value(word.to(tl.int32), (BITS * place)[:, None], base, BITS)
-        if OFFSET != 0.0:
-            value -= OFFSET
-        if ZERO == 2:
-            value -= _affine(zero, n[None, :], group, z_n, z_g, cells)
-        if MINIMUM or not (ALIGNED or ONE_GROUP):
-            value *= _affine(scale, n[None, :], group, s_n, s_g, cells)
-        if MINIMUM:
-            value += _affine(minimum, n[None, :], group, m_n, m_g, cells)
-        xs = tl.load(x + row * x_m + k[None, :] * x_k, mask=(m < M)[:, None] & inside[None, :], other=0)
-        value = value.to(xs.dtype)
-        if WIDE_DOT:
-            xs, value = xs.to(tl.float32), value.to(tl.float32)
-        product = tl.dot(xs, value, input_precision="ieee")
-        if ALIGNED and not (ONE_GROUP or MINIMUM):
-            product *= _affine(scale, n[None, :], group, s_n, s_g, cells)
-        acc += product
+    for start in tl.range(0, J, BLOCK_J, num_stages=STAGES):
+        j = start + tl.arange(0, BLOCK_J)
+        inside = j < J
+        word = tl.load(
+            w + n.to(tl.int64)[None, :] * w_n + j.to(tl.int64)[:, None] * w_j,
+            mask=inside[:, None] & columns[None, :],
+            other=0,
+        ).to(tl.int32)
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for p in tl.static_range(VALUES):
+            place = VALUES - 1 - p if HIGH else p
+            k = (j // RUN) * (RUN * VALUES) + place * RUN + j % RUN
+            cells = inside[:, None] & columns[None, :]
+            group = k[:, None] // GROUP
+            if ALIGNED or ONE_GROUP:  # all of the tile's p-th values lie in one group
+                head = ((start // RUN) * (RUN * VALUES) + place * RUN + start % RUN) // GROUP
+                group = tl.full([1, 1], 0, tl.int32) + (0 if ONE_GROUP else head)
+                cells = columns[None, :]
+            base = tl.full([1, 1], 8388608.0 + SUBTRACT, tl.float32)
+            if ZERO == 1:
+                base += _affine(zero, n[None, :], group, z_n, z_g, cells)
+            value = _value(word, BITS * p, base, BITS)
+            if OFFSET != 0.0:
+                value -= OFFSET
+            if ZERO == 2:
+                value -= _affine(zero, n[None, :], group, z_n, z_g, cells)
+            if MINIMUM or not (ALIGNED or ONE_GROUP):
+                value *= _affine(scale, n[None, :], group, s_n, s_g, cells)
+            if MINIMUM:
+                value += _affine(minimum, n[None, :], group, m_n, m_g, cells)
+            xs = tl.load(x + row * x_m + k[None, :] * x_k, mask=(m < M)[:, None] & inside[None, :], other=0)
+            value = value.to(xs.dtype)
+            if WIDE_DOT:
+                xs, value = xs.to(tl.float32), value.to(tl.float32)
+            if MINIMUM or ONE_GROUP or not ALIGNED or SHARED:
+                part = tl.dot(xs, value, part, input_precision="ieee")
+            else:
+                product = tl.dot(xs, value, input_precision="ieee")
+                acc += product * _affine(scale, n[None, :], group, s_n, s_g, cells)
+            if p == VALUES - 1:
+                if MINIMUM or ONE_GROUP or not ALIGNED:
+                    # In float32 one chain of additions over all of K rounds four times worse than blocks do; the
+                    # factor keeps the compiler from making it one.
+                    acc += part * one if EXACT else part
+                elif SHARED:
+                    acc += part * _affine(scale, n[None, :], group, s_n, s_g, cells)
     if ONE_GROUP and not MINIMUM:
         acc *= _affine(scale, n, 0, s_n, s_g, columns)[None, :]
     if BIAS:
@@ -167,12 +192,12 @@ class Weight:
     def constexprs(self, bias: Tensor | None) -> dict[str, object]:
         """What both kernels are specialised on."""
         bits = 8 // self.layout.values if self.packed.element_size() == 1 else 4
-        base, offset = 8388608.0 + (128.0 if bits == 8 else 0.0), self.offset
-        if offset == int(offset) and abs(offset) < 2**20:
-            base, offset = base + offset, 0.0
+        subtract, offset = 128.0 if bits == 8 else 0.0, self.offset
+        if offset == int(offset) and abs(offset) < 2**20:  # exact beside 2^23
+            subtract, offset = subtract + offset, 0.0
         return {
             "GROUP": self.group_size, "BITS": bits, "VALUES": self.layout.values, "RUN": self.layout.run,
-            "HIGH": self.layout.high_first, "BASE": base, "OFFSET": offset,
+            "HIGH": self.layout.high_first, "SUBTRACT": subtract, "OFFSET": offset,
             "ZERO": 0 if self.zero is None else 2 if self.zero.dtype.is_floating_point else 1,
             "MINIMUM": self.minimum is not None, "BIAS": bias is not None, "ONE_GROUP": self.group_size == self.k,
         }  # fmt: skip
@@ -188,18 +213,31 @@ class Weight:
         return [*self.packed.stride(), *(s for t in tables for s in t.stride())]
 
 
+def in_one_group(weight: Weight, size: int) -> bool:
+    """Whether the p-th values of `size` (a power of two) elements from a multiple of `size` on share a group."""
+    run, values, group = weight.layout.run, weight.layout.values, weight.group_size
+    # They are `size` consecutive inputs, or lie among the inputs of all `size` elements.
+    return (run % size == 0 and group % size == 0) or (size % run == 0 and group % (size * values) == 0)
+
+
 def chunk_elements(weight: Weight) -> int:
     """Packed elements that `gemv` sums at once under one scale (a power of two), or 0 where there are too few."""
-    run, values, group = weight.layout.run, weight.layout.values, weight.group_size
     size = 64 // weight.packed.element_size()
-    if group == weight.k:
+    if weight.group_size == weight.k:
         return size
     while size * weight.packed.element_size() >= 8:
-        # A chunk's p-th values lie in one group: they are `size` consecutive inputs, or the whole chunk's inputs are.
-        if (run % size == 0 and group % size == 0) or (size % run == 0 and group % (size * values) == 0):
+        if in_one_group(weight, size):
             return size
         size //= 2
     return 0
+
+
+def _words(packed: Tensor) -> tuple[Tensor, int]:
+    """Bytes that can be read four at a time as int32, and how many elements that makes one."""
+    dense = packed.element_size() == 1 and packed.stride(1) == 1 and packed.shape[1] % 4 == 0
+    if dense and packed.stride(0) % 4 == 0 and packed.storage_offset() % 4 == 0:
+        return packed.view(torch.int32), 4
+    return packed, 1
 
 
 def matmul(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -211,25 +249,31 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> Tenso
         bias = bias.contiguous()
     common = weight.constexprs(bias)
     pointers = weight.pointers(x, bias, out)
-    chunk = chunk_elements(weight)
+    values = weight.layout.values
+    j, chunk = k // values, chunk_elements(weight)
+    shared = weight.group_size % (weight.layout.run * values) == 0
     if m == 1 and chunk:
-        j = k // weight.layout.values
-        block_n = 2 if n <= 2048 else 4 if n <= 8192 else 8
-        chunks = min(max(1024 // (chunk * weight.packed.element_size()), 1), next_power_of_2(ceil_div(j, chunk)))
-        shared = weight.group_size % (weight.layout.run * weight.layout.values) == 0
+        # (rows, bytes of a row) a step: an H200 reads 4096x4096 int4 in 9.0 us, the best of 60 shapes tried.
+        block_n, width, warps = (4, 1024, 4) if n <= 2048 else (16, 1024, 8) if n <= 8192 else (16, 512, 4)
+        chunks = min(max(width // (chunk * weight.packed.element_size()), 1), next_power_of_2(ceil_div(j, chunk)))
+        words, lanes = _words(weight.packed)
+        pointers[1], (w_n, w_j) = words, words.stride()
+        j, chunk = j // lanes, chunk // lanes
         _gemv[(ceil_div(n, block_n),)](
-            *pointers, n, j, x.stride(1), *weight.strides(),
-            **common, SHARED=shared, BLOCK_N=block_n, CHUNKS=chunks, CHUNK=chunk, STAGES=3, num_warps=4,
+            *pointers, 0x4B000000, n, j, x.stride(1), w_n, w_j, *weight.strides()[2:],
+            **common, SHARED=shared, LANES=lanes, BLOCK_N=block_n, CHUNKS=chunks, CHUNK=chunk, STAGES=1,
+            num_warps=warps,
         )  # fmt: skip
         return out
     block_m = min(max(next_power_of_2(m), 16), 64)
-    block_n = 64
-    block_k = 64 if x.element_size() == 2 else 32
-    aligned = weight.group_size % block_k == 0
+    block_n = 32
+    exact = x.element_size() == 4
+    block_j = 32 if exact else 128 if values == 1 else 64
+    sizes = [size for size in (128, 64, 32, 16) if size <= block_j and in_one_group(weight, size)]
     _tile[(ceil_div(n, block_n), ceil_div(m, block_m))](
-        *pointers, m, n, k, *x.stride(), *weight.strides(),
-        **common, ALIGNED=aligned, WIDE_DOT=_interpreted(), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        STAGES=3, num_warps=4,
+        *pointers, 1.0, m, n, j, *x.stride(), *weight.strides(),
+        **common, SHARED=shared, ALIGNED=bool(sizes), EXACT=exact, WIDE_DOT=_interpreted(),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_J=sizes[0] if sizes else block_j, STAGES=4, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -241,8 +285,8 @@ def _interpreted() -> bool:
 
 _TABLES = ("scale", "zero", "minimum")
 _STRIDES = {"w_n": "i32", "w_j": "i32", **{f"{t[0]}_{axis}": "i32" for t in _TABLES for axis in ("n", "g")}}
-_INT4 = {"GROUP": 128, "BITS": 4, "VALUES": 2, "RUN": 1, "HIGH": False, "BASE": 8388616.0, "OFFSET": 0.0}
-_INT8 = {"GROUP": 4096, "BITS": 8, "VALUES": 1, "RUN": 1, "HIGH": False, "BASE": 8388736.0, "OFFSET": 0.0}
+_INT4 = {"GROUP": 128, "BITS": 4, "VALUES": 2, "RUN": 1, "HIGH": False, "SUBTRACT": 8.0, "OFFSET": 0.0}
+_INT8 = {"GROUP": 4096, "BITS": 8, "VALUES": 1, "RUN": 1, "HIGH": False, "SUBTRACT": 128.0, "OFFSET": 0.0}
 _PLAIN = {"ZERO": 0, "MINIMUM": False, "BIAS": False, "ONE_GROUP": False}
 
 
@@ -250,28 +294,31 @@ def _pointers(w: str, dtype: str = "*bf16") -> dict[str, str]:
     return {"x": dtype, "w": w, "scale": dtype, "zero": dtype, "minimum": dtype, "bias": dtype, "out": dtype}
 
 
-_GEMV = {"x_k": "i32", **_STRIDES}
-_TILE = {"M": "i32", "N": "i32", "K": "i32", "x_m": "i32", "x_k": "i32", **_STRIDES}
-_GEMV_BLOCKS = {"SHARED": True, "BLOCK_N": 4, "CHUNKS": 16, "CHUNK": 64, "STAGES": 3}
-_TILE_BLOCKS = {"ALIGNED": True, "WIDE_DOT": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 3}
+_GEMV = {"mantissa": "i32", "N": "i32", "J": "i32", "x_k": "i32", **_STRIDES}
+_TILE = {"one": "fp32", "M": "i32", "N": "i32", "J": "i32", "x_m": "i32", "x_k": "i32", **_STRIDES}
+_GEMV_BLOCKS = {"SHARED": True, "LANES": 4, "BLOCK_N": 4, "CHUNKS": 16, "CHUNK": 16, "STAGES": 3}
+_TILE_BLOCKS = {
+    "SHARED": True, "ALIGNED": True, "EXACT": False, "WIDE_DOT": False,
+    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_J": 64, "STAGES": 4,
+}  # fmt: skip
 
 COMPILE_EXAMPLES = (
     CompileExample(
         "int4 GEMV, bf16, groups of 128",
         _gemv,
-        {**_pointers("*u8"), "N": "i32", "J": "i32", **_GEMV},
+        {**_pointers("*i32"), **_GEMV},
         {**_INT4, **_PLAIN, **_GEMV_BLOCKS},
     ),
     CompileExample(
         "int4 GEMV, fp16, groups of 32 in halves with a minimum",
         _gemv,
-        {**_pointers("*u8", "*fp16"), "N": "i32", "J": "i32", **_GEMV},
-        {**_INT4, **_PLAIN, **_GEMV_BLOCKS, "GROUP": 32, "RUN": 16, "MINIMUM": True, "CHUNKS": 64, "CHUNK": 16},
+        {**_pointers("*i32", "*fp16"), **_GEMV},
+        {**_INT4, **_PLAIN, **_GEMV_BLOCKS, "GROUP": 32, "RUN": 16, "MINIMUM": True, "CHUNKS": 64, "CHUNK": 4},
     ),
     CompileExample(
         "int8 GEMV, bf16",
         _gemv,
-        {**_pointers("*i8"), "N": "i32", "J": "i32", **_GEMV},
+        {**_pointers("*i32"), **_GEMV},
         {**_INT8, **_PLAIN, **_GEMV_BLOCKS, "ONE_GROUP": True},
     ),
     CompileExample(
@@ -281,12 +328,12 @@ COMPILE_EXAMPLES = (
         "int4 tile, fp16, GPTQ words with zero points",
         _tile,
         {**_pointers("*i32", "*fp16"), **_TILE, "zero": "*i8"},
-        {**_INT4, **_PLAIN, **_TILE_BLOCKS, "VALUES": 8, "ZERO": 1, "BLOCK_M": 64},
+        {**_INT4, **_PLAIN, **_TILE_BLOCKS, "VALUES": 8, "ZERO": 1, "BLOCK_M": 64, "BLOCK_J": 16},
     ),
     CompileExample(
         "int8 tile, fp32, 64 rows",
         _tile,
         {**_pointers("*i8", "*fp32"), **_TILE},
-        {**_INT8, **_PLAIN, **_TILE_BLOCKS, "ONE_GROUP": True, "BLOCK_M": 64, "BLOCK_K": 32, "GROUP": 4096},
+        {**_INT8, **_PLAIN, **_TILE_BLOCKS, "ONE_GROUP": True, "EXACT": True, "BLOCK_M": 64, "BLOCK_J": 32},
     ),
 )
