@@ -1,0 +1,169 @@
+"""What is not attention is refused in words, and what looks like it by mistake is not mistaken."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+_spec = importlib.util.spec_from_file_location("fxopt_test_attending", Path(__file__).with_name("_attending.py"))
+_shared = importlib.util.module_from_spec(_spec)
+sys.modules["fxopt_test_attending"] = _shared
+_spec.loader.exec_module(_shared)
+fuser = _shared.fuser
+randn = _shared.randn
+qkv = _shared.qkv
+attend = _shared.attend
+compare = _shared.compare
+
+
+# Refusals, each with its reason
+
+
+def softmax_over_heads(q, k, v, m):
+    return torch.softmax(q @ k.mT, 1) @ v
+
+
+def softmax_over_batch(q, k, v, m):
+    return torch.softmax(q @ k.mT, 0) @ v
+
+
+def softmax_over_rows(q, k, v, m):
+    return torch.softmax(q @ k.mT, -2) @ v
+
+
+def scores_transposed(q, k, v, m):
+    return torch.softmax((q @ k.mT)[:, :, :5, :5].contiguous().mT, -1) @ v[:, :, :5]
+
+
+def weights_transposed(q, k, v, m):
+    return torch.softmax(q @ k.mT, -1).mT @ q
+
+
+def heads_moved(q, k, v, m):
+    return torch.softmax(q @ k.mT, -1).transpose(0, 1).reshape(2, 4, 5, 7) @ v
+
+
+def soft_cap(q, k, v, m):
+    return attend(torch.tanh(q @ k.mT / 50.0) * 50.0, v)
+
+
+def sinks(q, k, v, m):
+    scores = torch.cat([q @ k.mT, m[..., :1]], -1)
+    return torch.softmax(scores, -1)[..., :-1] @ v
+
+
+def scale_per_head(q, k, v, m):
+    return attend(q @ k.mT * m[:, :, :1, :1], v)
+
+
+def clamped(q, k, v, m):
+    return attend((q @ k.mT).clamp(min=-3.0), v)
+
+
+def small_fill(q, k, v, m):
+    return attend(torch.where(m > 0, q @ k.mT, -5.0), v)
+
+
+def fill_changed_afterwards(q, k, v, m):
+    return attend(torch.where(m > 0, q @ k.mT, -1e5) / 1e4, v)
+
+
+def active_dropout(q, k, v, m):
+    return F.dropout(torch.softmax(q @ k.mT, -1), 0.5, training=True) @ v
+
+
+def active_dropout_in_sdpa(q, k, v, m):
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+
+def weights_returned(q, k, v, m):
+    weights = torch.softmax(q @ k.mT, -1)
+    return weights @ v, weights
+
+
+def scores_returned(q, k, v, m):
+    scores = q @ k.mT
+    return attend(scores, v), scores
+
+
+def weights_on_the_right(q, k, v, m):
+    return v.mT @ torch.softmax(k @ q.mT, -1)
+
+
+def weights_masked_afterwards(q, k, v, m):
+    return torch.softmax(q @ k.mT, -1).masked_fill(m > 0, 0.0) @ v
+
+
+def global_maximum_subtracted(q, k, v, m):
+    scores = q @ k.mT
+    return attend(scores - scores.max(), v)
+
+
+def scores_squared(q, k, v, m):
+    scores = q @ k.mT
+    return attend(scores * scores, v)
+
+
+def unknown_fill(q, k, v, m):
+    return attend(torch.where(m > 0, q @ k.mT, m[0, 0, 0, 0]), v)
+
+
+REFUSED = {
+    softmax_over_heads: "over dimension 1 of 4, not the last",
+    softmax_over_batch: "over dimension 0 of 4, not the last",
+    softmax_over_rows: "over dimension 2 of 4, not the last",
+    scores_transposed: "",
+    weights_transposed: "not over the keys",
+    heads_moved: "rows or heads are moved",
+    soft_cap: "soft-capped",
+    sinks: "concatenated to the scores",
+    scale_per_head: "scaled by the tensor",
+    clamped: "clamped",
+    small_fill: "leaves them weight",
+    fill_changed_afterwards: "then changed further",
+    active_dropout: "dropout is active",
+    active_dropout_in_sdpa: "dropout is active",
+    weights_returned: "also used by output",
+    scores_returned: "also used by output",
+    weights_on_the_right: "not the left operand",
+    weights_masked_afterwards: "applied to the attention weights",
+    global_maximum_subtracted: "in more than one way",
+    scores_squared: "2 times",
+    unknown_fill: "value is not known",
+}
+
+
+@pytest.mark.parametrize("form", REFUSED, ids=lambda f: f.__name__)
+def test_refused_with_its_reason(fuser, form):
+    inputs = (*qkv(), randn(2, 4, 5, 7, seed=4))
+    actual = fuser.run(form, *inputs)
+    assert fuser.sites == 0
+    assert REFUSED[form] in fuser.reasons
+    if "dropout" not in form.__name__:
+        torch.testing.assert_close(actual, form(*inputs))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (1, 0, 3, 2), (0, 3, 1, 2)])
+def test_keys_permuted_otherwise_give_the_right_numbers(fuser, order):
+    """How k was transposed is not matched, so a wrong order can't be mistaken for the usual one."""
+
+    def program(q, k, v, m):
+        return attend(q @ k.permute(order), v)
+
+    q = randn(4, 4, 4, 4, seed=1)
+    inputs = (q, randn(4, 4, 4, 4, seed=2), randn(4, 4, 4, 4, seed=3), None)
+    compare(fuser.run(program, *inputs), program, inputs)
+    assert fuser.sites == 1
+
+
+def test_a_router_is_not_attention(fuser):
+    def router(q, k, v, m):
+        return torch.softmax(F.linear(q, k[0, 0]), -1).topk(2).values
+
+    fuser.run(router, *qkv(), None)
+    assert (fuser.sites, fuser.reasons) == (0, "")
