@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxopt.graph.query import (
+    CASTS,
+    PERMUTES,
     arguments,
     from_end,
     is_cast,
@@ -79,6 +81,10 @@ _BEGINNINGS = {
     "reciprocal": ("reciprocal", "pow", "div"),
     "mean": ("mean", "sum"),
     "sub": ("sub", "rsub"),
+    "permute": tuple(sorted({str(target._schema.name).split("::")[-1] for target in PERMUTES})),
+    "cast": tuple(sorted({str(target._schema.name).split("::")[-1] for target in CASTS})),
+    "maximum": ("maximum", "max"),
+    "minimum": ("minimum", "min"),
 }
 
 
@@ -106,7 +112,7 @@ def source(node: Any) -> Node | None:
     if not isinstance(before, Node) or not isinstance(val(node), Tensor) or not isinstance(val(before), Tensor):
         return None
     if getattr(node.target, "namespace", "") == PRIVATE:
-        return before if _name(node.target) == "upcast" else None
+        return before if _name(node.target) == f"{PRIVATE}::upcast" else None
     if is_copy(node) or is_widening_cast(node):
         return before
     name = _name(node.target)
@@ -143,7 +149,8 @@ def read(node: Node) -> Call:
     if node.target is operator.getitem:
         return Call("getitem", (node.args[0],), {"index": node.args[1]}, node)
     if not isinstance(node.target, torch._ops.OpOverload):
-        return Call(getattr(node.target, "__name__", str(node.target)), tuple(node.args), dict(node.kwargs), node)
+        name = f"python {getattr(node.target, '__name__', node.target)}"  # size arithmetic: operator.mul is no aten.mul
+        return Call(name, tuple(node.args), dict(node.kwargs), node)
     order = permutation(node)
     if order is not None:
         return Call("permute", (node.args[0],), {"order": _moved(order)}, node)
@@ -268,7 +275,8 @@ def consumers(node: Node) -> Iterator[Call]:
 
 def beginnings(op: str) -> tuple[str, ...]:
     """Names of the raw ATen ops that a canonical op can begin with."""
-    return _BEGINNINGS.get(op, (op,))
+    names = _BEGINNINGS.get(op, (op,))
+    return (*names, *(alias for alias, name in _ALIASES.items() if name in names))
 
 
 def canonical_attribute(name: str, value: Any, rank: int, op: str) -> Any:
@@ -303,7 +311,9 @@ def _name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return getattr(target, "__name__", str(target))
-    name = str(schema.name).split("::")[-1]
+    namespace, name = str(schema.name).split("::")
+    if namespace != "aten":
+        return str(schema.name)
     if name in ("max", "min") and schema.overload_name == "other":
         return name + "imum"
     return _ALIASES.get(name, name)

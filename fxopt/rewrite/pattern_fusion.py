@@ -110,7 +110,10 @@ def _anchors(fusion: PatternFusion) -> tuple[Node, tuple[Any, ...]]:
     It must be in every alternative. Of those the rarest in models is the best; the deepest among equals.
     """
     pattern = _traced(fusion)
-    candidates = [node for node in _mandatory(pattern.root) if node.op == "call_function" and source(node) is None]
+    within = {part for node in pattern.graph.nodes if node.op == "call_function" for part in read(node).inner}
+    candidates = [
+        node for node in _mandatory(pattern.root) - within if node.op == "call_function" and source(node) is None
+    ]
     if not candidates:
         raise PatternError(
             f"pattern of {fusion.name}: no op is in all of its alternatives, so no search can begin; compute what they"
@@ -118,10 +121,12 @@ def _anchors(fusion: PatternFusion) -> tuple[Node, tuple[Any, ...]]:
         )
     order = {node: i for i, node in enumerate(pattern.graph.nodes)}
     best = min(candidates, key=lambda node: (_commonness(node), order[node]))
-    names = [read(best).op] if not isinstance(best.target, torch._ops.OpOverload) else list(beginnings(read(best).op))
-    packets = [best.target.overloadpacket] if isinstance(best.target, torch._ops.OpOverload) else [best.target]
-    packets += [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
-    return best, tuple(dict.fromkeys(packets))
+    if not isinstance(best.target, torch._ops.OpOverload):
+        return best, (best.target,)
+    if best.target.namespace != "aten":
+        return best, (best.target.overloadpacket,)
+    names = beginnings(read(best).op)
+    return best, tuple(getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name))
 
 
 def _commonness(node: Node) -> int:

@@ -176,9 +176,34 @@ CANONICAL = {
 }
 
 
+CANONICAL_ALONE = {
+    "square": lambda x: x.pow(2),
+    "rsqrt": lambda x: torch.rsqrt(x),
+    "mean": lambda x: x.mean(-1),
+    "transpose": lambda x: x.transpose(-1, -2),
+}
+
+
 @pytest.mark.parametrize("name, i", [(name, i) for name in SPELLINGS for i in range(len(SPELLINGS[name]))])
 def test_spellings(name, i):
     one(CANONICAL[name], lambda a: SPELLINGS[name][i](a).tanh(), x)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_pattern_may_be_in_any_spelling(name):
+    for spelling in SPELLINGS[name]:
+        one(lambda x: spelling(x).tanh(), lambda a: CANONICAL[name](a), x)  # noqa: B023
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_spelling_is_an_anchor(name):
+    """The search begins at the op itself, whichever of its spellings the graph has."""
+    for spelling in SPELLINGS[name]:
+        (match,) = {
+            (frozenset(m.nodes), m["x"])
+            for m in search(fusion_of(lambda x: CANONICAL_ALONE[name](x)), graph_of(lambda a: spelling(a) + 1, x))[0]  # noqa: B023
+        }
+        assert match[1].name == "a_1"
 
 
 @pytest.mark.parametrize(
@@ -317,6 +342,16 @@ def test_one_value_of_several_results():
         "index=1, the pattern 0" in m.reason for m in none(pattern, lambda a: torch.topk(a.sin(), 2)[1].tanh(), x)
     )
     assert any("k=3, the pattern 2" in m.reason for m in none(pattern, lambda a: torch.topk(a.sin(), 3)[0].tanh(), x))
+
+
+def test_ops_of_other_namespaces_are_themselves():
+    with torch.library._scoped_library("test_matcher", "DEF") as library:
+        library.define("exp(Tensor self) -> Tensor")
+        library.impl("exp", lambda a: a.clone(), "CompositeExplicitAutograd")
+        other = torch.ops.test_matcher.exp
+        one(lambda x: other(x.sin()).tanh(), lambda a: other(a.sin()).tanh(), x)
+        none(lambda x: x.sin().exp().tanh(), lambda a: other(a.sin()).tanh(), x)
+        none(lambda x: other(x.sin()).tanh(), lambda a: a.sin().exp().tanh(), x)
 
 
 def test_composite_ops_stay_whole():
