@@ -187,10 +187,7 @@ class _Check:
                 continue
             try:
                 outcome = self._compare(sizes)
-            except ShapeMismatch as error:
-                reason = str(error)
-                continue
-            except _Unrunnable as error:
+            except (ShapeMismatch, _Unrunnable) as error:
                 reason = str(error)
                 continue
             if isinstance(outcome, _Failure):
@@ -214,7 +211,10 @@ class _Check:
                     run_promoted(self.pair.new, values, sizes, check=count == 0), self.pair.replacements
                 )
             except Exception as error:
-                return _Failure(f"the replacement raised {_one_line(error)}", self.pair, sizes, trial)
+                if sizes.real:
+                    return _Failure(f"the replacement raised {_one_line(error)}", self.pair, sizes, trial)
+                # Sizes can be baked into it in a way that nothing here sees; it must not count as another value.
+                raise _Unrunnable(f"the replacement can't be run with {sizes}: {_one_line(error)}") from error
             for i, (a, b) in enumerate(zip(old, new, strict=True)):
                 apart = distance(a, b)
                 if apart.error > TOLERANCE and not self._within_conditioning(apart, i, a, values, sizes):
@@ -289,7 +289,9 @@ class _Check:
             except Objection:
                 raise
             except Exception as error:
-                return _Failure(f"the kernel raised {_one_line(error)}", pair, sizes, trial)
+                if sizes.real:
+                    return _Failure(f"the kernel raised {_one_line(error)}", pair, sizes, trial)
+                raise _Unrunnable(f"the kernel raised with {sizes}: {_one_line(error)}") from error
             for i in range(len(truth)):
                 measured = self._measure(truth[i], old[i], new[i])
                 if isinstance(measured, str):
@@ -332,7 +334,7 @@ class _Check:
 
 
 class _Unrunnable(Exception):
-    """The original can't be run on made-up values."""
+    """One side can't be run at these sizes."""
 
 
 def _device(pair: Pair) -> torch.device:

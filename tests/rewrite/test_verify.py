@@ -357,6 +357,20 @@ def test_a_kernel_that_raises():
     assert "out of resources" in verdict.detail
 
 
+blocks = fused_op("test_blocks(Tensor x, str layout) -> Tensor")(
+    lambda x, layout: x.unflatten(-1, (-1, int(layout.split("/")[1]))).sum(-1)
+)
+blocks.fake(lambda x, layout: x.new_empty((x.shape[0], x.shape[1] // int(layout.split("/")[1]))))
+
+
+def test_a_size_inside_a_string_stays():
+    def original(x):
+        return x.reshape(2048, 32, 128).sum(-1)
+
+    verdict = verify(original, lambda x: blocks(x, "row/128"), empty(2048, 4096))
+    assert verdict.status == "equal", verdict
+
+
 def test_bitwise_means_every_bit():
     x = empty(64, 4096)
     halves = (lambda x: x.sum(-1), lambda x: x[:, ::2].sum(-1) + x[:, 1::2].sum(-1))
