@@ -62,7 +62,7 @@ def read_softmax(softmax: Node) -> Roles | Miss | None:
     if not isinstance(scores_end, Node) or not isinstance(val(softmax), Tensor):
         return None
     scores = _score_product(scores_end)
-    if scores is None:
+    if scores is None or val(scores).dim() < 2:
         return None
     ahead = _weights_product(softmax)
     if ahead is None:

@@ -148,7 +148,8 @@ def scaling(node: Node) -> Scale | None:
     """The scale that `node` applies to its first argument, if that is all it does."""
     if node.target not in _MULS and node.target not in _DIVS:
         return None
-    if not isinstance(val(node), Tensor) or val(node).dtype != val(node.args[0]).dtype:
+    before, after = val(node.args[0]), val(node)
+    if not isinstance(before, Tensor) or before.dtype != after.dtype or not same_shape(before.shape, after.shape):
         return None
     by = scalar(node.args[1])
     return None if by is None else Scale(by, node.target in _DIVS)

@@ -6,15 +6,17 @@ is renamed computes the same. A rule that would need more than that is a raising
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
-from fxopt.graph.query import arguments, is_reshape, is_tensor, permutation, val
-from fxopt.graph.scope import storages, written_arguments
+from fxopt.graph.query import arguments, is_mutable, is_reshape, is_tensor, permutation, val
+from fxopt.graph.scope import is_random, storages, written_arguments
 from fxopt.graph.symbols import same_shape
 
 aten = torch.ops.aten
@@ -44,7 +46,22 @@ def canonicalise(module: GraphModule) -> int:
             node.target = aten.reshape.default
             changed += 1
     changed += _functionalise(graph)
+    changed += _erase_unused(graph)
     module.recompile()
+    return changed
+
+
+def _erase_unused(graph: Graph) -> int:
+    """Erase pure ATen calls whose tensors nothing reads: what they read would seem to be used."""
+    changed = 0
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op != "call_function" or is_mutable(node) or is_random(node):
+            continue
+        tensors = tree_leaves(val(node))
+        pure = getattr(node.target, "namespace", "") == "aten" or node.target is operator.getitem
+        if pure and tensors and all(isinstance(leaf, Tensor) for leaf in tensors):
+            graph.erase_node(node)
+            changed += 1
     return changed
 
 

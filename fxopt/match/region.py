@@ -23,7 +23,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxopt.graph.query import arguments, aten, is_cast, is_mutable, is_tensor, users, val
-from fxopt.graph.scope import is_barrier, is_random
+from fxopt.graph.scope import is_barrier, is_random, storages, written_arguments
 from fxopt.graph.symbols import known_equal
 from fxopt.match.axes import is_layout
 from fxopt.match.miss import Miss
@@ -198,9 +198,27 @@ def number(value: Any) -> Any:
         constant = arguments(node)["fill_value" if node.target is aten.full.default else "s"]
     if isinstance(constant, bool) or not isinstance(constant, (int, float)):
         return None
+    if any(is_written(n) for n in back(value)):
+        return None
     for dtype in [val(n).dtype for n in reversed(list(back(value)))]:
         constant = torch.tensor(constant, dtype=torch.float64).to(dtype).item()
     return constant
+
+
+def is_written(node: Node) -> bool:
+    """Whether the node, or anything that shares memory with it, is written to: its op doesn't tell its value then."""
+    if is_mutable(node):
+        return True
+    home = storages(node)
+    seen, queue = {node}, [node]
+    for at in queue:
+        for user in at.users:
+            if user not in seen and (is_mutable(user) or storages(user) & home):
+                if any(storages(argument) & home for argument in written_arguments(user)):
+                    return True
+                seen.add(user)
+                queue.append(user)
+    return False
 
 
 def constant_value(node: Node, budget: int = 1 << 22, *, promoted: bool = False) -> Tensor | None:
@@ -215,7 +233,7 @@ def constant_value(node: Node, budget: int = 1 << 22, *, promoted: bool = False)
     for at in queue:
         value = val(at)
         tensor = isinstance(value, Tensor)
-        if at.op != "call_function" or is_mutable(at) or is_random(at) or is_barrier(at):
+        if at.op != "call_function" or is_written(at) or is_random(at) or is_barrier(at):
             return None
         if not tensor and not isinstance(value, (int, float, bool)):
             return None

@@ -193,6 +193,19 @@ def test_constants_are_evaluated_and_inputs_are_not():
     assert number(x) is None
 
 
+def test_constants_that_are_written_to_are_not_known():
+    def program(x):
+        mask = torch.full((4, 4), -1e9)
+        mask[0] = 0.0
+        return x + mask, x * torch.full([], 2.0).fill_(3.0)
+
+    graph, _, _ = trace(program, torch.randn(4, 4))
+    for target, index in ((aten.add.Tensor, 0), (aten.mul.Tensor, 0)):
+        operand = node(graph, target, index).args[1]
+        assert number(operand) is None
+        assert constant_value(operand) is None
+
+
 def test_promoted_constants_keep_no_rounding():
     graph, _, _ = trace(lambda x: x * torch.full([], 8.0, dtype=torch.bfloat16).sqrt(), torch.randn(3))
     root = node(graph, aten.sqrt.default)

@@ -130,3 +130,28 @@ def test_a_mask_may_be_used_elsewhere(fuser):
     actual, _ = fuser.run(program, *inputs)
     compare(actual, lambda *x: program(*x)[0], inputs)
     assert fuser.sites == 2
+
+
+def test_a_constant_mask_that_is_written_to_keeps_its_value(fuser):
+    def program(q, k, v, m):
+        mask = torch.full((5, 7), -1e4)
+        mask[:, :3] = 0.0
+        return attend(q @ k.mT + mask, v)
+
+    inputs = (*qkv(), None)
+    compare(fuser.run(program, *inputs), program, inputs)
+    assert fuser.sites == 1
+
+
+def test_a_mask_written_to_after_it_was_added_is_refused(fuser):
+    def program(q, k, v, m):
+        mask = m.clone()
+        scores = q @ k.mT + mask
+        mask[0] = 9.0
+        return attend(scores, v), mask
+
+    inputs = (*qkv(), randn(2, 4, 5, 7))
+    actual, _ = fuser.run(program, *inputs)
+    compare(actual, lambda *x: program(*x)[0], inputs)
+    assert fuser.sites == 0
+    assert "writes to" in fuser.reasons
