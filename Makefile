@@ -51,7 +51,12 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/llama.py
+	mkdir -p reports
+	$(BIN)/python benchmarks/compile_stages.py
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+		{ echo "the other benchmarks need a CUDA device"; exit 1; }
+	$(BIN)/python benchmarks/dequant_matmul.py
+	$(BIN)/python benchmarks/llama.py --out reports/llama.json
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
