@@ -16,6 +16,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -181,15 +182,32 @@ def _is_triangle(step: Placed, sizes: Sequence[Dim], *, alone: bool) -> bool:
         return False
     if val(tensor).dim() < 2 or tuple(val(tensor).shape[-2:]) != (rows, keys):
         return False
+    if tensor not in _SEEN:
+        _SEEN[tensor] = _triangle(tensor)
+    found = _SEEN[tensor]
+    limit = ABSORBING if alone else -math.inf
+    if isinstance(at, Fill):
+        return found is at.keep and at.value <= limit
+    if not isinstance(at, Add) or isinstance(found, bool):
+        return False
+    return known_equal(at.alpha, 1) and found is not None and found <= limit
+
+
+#: what layers share is evaluated once
+_SEEN: WeakKeyDictionary[Node, bool | float | None] = WeakKeyDictionary()
+
+
+def _triangle(tensor: Node) -> bool | float | None:
+    """For a constant [..., rows, keys]: True or False if it has this value just in the lower triangle (bool), the
+    largest value above it if it is 0 within (float), or None.
+    """
     value = constant_value(tensor)
     if value is None:
-        return False
-    lower = torch.ones(rows, keys, dtype=torch.bool).tril()
-    if isinstance(at, Fill):
-        kept = value if at.keep else ~value
-        return bool((kept == lower).all()) and (at.value == -math.inf or (alone and at.value <= ABSORBING))
-    if not isinstance(at, Add) or not known_equal(at.alpha, 1) or not value.is_floating_point():
-        return False
-    below, above = value.masked_select(lower), value.masked_select(~lower)
-    limit = ABSORBING if alone else -math.inf
-    return bool((below == 0).all()) and bool((above <= limit).all())
+        return None
+    lower = torch.ones(value.shape[-2:], dtype=torch.bool).tril()
+    if value.dtype == torch.bool:
+        return True if bool((value == lower).all()) else False if bool((value != lower).all()) else None
+    if not value.is_floating_point() or bool((value.masked_select(lower) != 0).any()):
+        return None
+    above = value.masked_select(~lower)
+    return above.max().item() if above.numel() else -math.inf
