@@ -9,23 +9,24 @@ from typing import Any
 import torch
 
 
-def milliseconds(run: Callable[[], Any], *, warmup: int = 5, repeats: int = 30) -> float:
-    """Median time of one call, with the launch queue kept full (host time shows only where it is the limit)."""
+def milliseconds(run: Callable[[], Any], *, warmup: int = 5, repeats: int = 7, calls: int = 10) -> float:
+    """Median time of one call, in rows of `calls` with no wait between: host time shows only where it is the limit."""
     for _ in range(warmup):
         run()
-    torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
+        torch.cuda.synchronize()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(calls):
+            run()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        times.append(start.elapsed_time(stop) / calls)
     return statistics.median(times)
 
 
-def graph_milliseconds(runs: list[Callable[[], Any]], *, replays: int = 20) -> float:
+def graph_milliseconds(runs: list[Callable[[], Any]]) -> float:
     """Median time of one of `runs` inside a CUDA graph that holds them all (give each its own buffers: cold caches)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -37,7 +38,7 @@ def graph_milliseconds(runs: list[Callable[[], Any]], *, replays: int = 20) -> f
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    return milliseconds(graph.replay, repeats=replays) / len(runs)
+    return milliseconds(graph.replay) / len(runs)
 
 
 def copy_bandwidth() -> float:

@@ -13,6 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fxopt.graph.gate import refusal
 from fxopt.graph.retrace import RetraceError, retrace
 from fxopt.lower.compile import compile_graph, gradients_flow, missing_compiler, run_eagerly, uses_cuda_graphs
 from fxopt.lower.implementations import Choice, place_implementations
+from fxopt.ops import ANYWHERE, Target
 from fxopt.options import Options
 from fxopt.rewrite import verdicts
 from fxopt.rewrite.driver import run_fusions
@@ -86,9 +88,20 @@ def _rewritten(
 ) -> Callable[..., Any] | None:
     """The graph with its fusions applied, compiled; None where it is turned away or nothing fused."""
     normal = _normalise(module, example_inputs, report)
-    if normal is None or not _fuse(normal, _selected(known, options), options, report):
+    if normal is None:
         return None
-    return _lower(normal, example_inputs, options, report)
+    compiled = missing_compiler(example_inputs) is None
+    target = replace(
+        ANYWHERE,
+        training=gradients_flow(example_inputs),
+        compiled=compiled,
+        cuda_graphs=compiled and uses_cuda_graphs(options),
+    )
+    verifier = Verifier(options.verify, target=target)
+    if not _fuse(normal, _selected(known, options), verifier, report):
+        return None
+    _place(normal, target, report)
+    return _compile(normal, example_inputs, options, report)
 
 
 def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> GraphModule | None:
@@ -109,29 +122,22 @@ def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: Graph
     return normal
 
 
-def _fuse(normal: GraphModule, selected: Sequence[Fusion], options: Options, report: GraphReport) -> int:
+def _fuse(normal: GraphModule, selected: Sequence[Fusion], verifier: Verifier, report: GraphReport) -> int:
     """Apply the fusions to the normal form, in place; the number of applications that stand."""
-    outcome = run_fusions(normal, selected, Verifier(options.verify))
+    outcome = run_fusions(normal, selected, verifier)
     report.steps, report.misses = outcome.steps, outcome.misses
     report.seconds |= outcome.seconds
     return outcome.fused
 
 
-def _lower(
-    fused: GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
-) -> Callable[..., Any]:
-    compiled = missing_compiler(example_inputs) is None
+def _place(fused: GraphModule, target: Target, report: GraphReport) -> None:
+    """Settle how each fused op is computed, in place, and say so in the report."""
     if recording():
         report.after = _text(fused)
     with _timed(report, "place"):
-        choices = place_implementations(
-            fused,
-            training=gradients_flow(example_inputs),
-            compiled=compiled,
-            cuda_graphs=compiled and uses_cuda_graphs(options),
-        )
+        choices = place_implementations(fused, target)
     report.sites = [_site(choice) for choice in choices]
-    return _compile(fused, example_inputs, options, report)
+    report.generated = {f"{choice.op}, {choice.implementation}": choice.code for choice in choices}
 
 
 def _compile(

@@ -47,6 +47,10 @@ class Target:
     cuda_graphs: bool = False  # launches are replayed from a CUDA graph: what an opaque call costs the host is nothing
 
 
+#: a target whose device is still to be filled in (by `dataclasses.replace`)
+ANYWHERE = Target(torch.device("meta"))
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute a fused op. `when(target, *args)` returns an objection in words, or None."""

@@ -42,7 +42,7 @@ def attention(
     further restricts row i to the keys j <= i. Returns [B, Hq, M, Dv] in v's dtype, computed in at least float32.
     `empty_rows` ("nan" or "zero") is the result of rows in which every score is -inf.
     """
-    dtypes = (q.dtype, k.dtype, v.dtype)
+    dtypes = (q.dtype, k.dtype, v.dtype, None if mask is None else mask.dtype)
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
     heads, rows = q.shape[1], q.shape[2]
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -124,6 +124,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (t if t.dtype == common else t.to(common) for t in (q, k, v))
     if mask is not None:
+        if q.dtype == torch.float16 and mask.dtype in (torch.float32, torch.bfloat16):
+            q, mask = _settle_dead_rows(q, mask)
         mask = _sdpa_mask(mask, _causal(rows, keys, q.device) if is_causal else None, q, empty_rows)
         is_causal = False
     gqa = not known_equal(q.shape[1], k.shape[1])
@@ -146,6 +148,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     return out if out.dtype == dtype else out.to(dtype)
 
 
+def _settle_dead_rows(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A row masked with finfo.min throughout is uniform: float16 has no number that says so, equal scores do."""
+    dead = (mask <= torch.finfo(mask.dtype).min).all(-1, keepdim=True) & (mask > -torch.inf).all(-1, keepdim=True)
+    return torch.where(dead, 0.0, q), torch.where(dead, 0.0, mask)
+
+
 def _sdpa_mask(mask: Tensor, causal: Tensor | None, q: Tensor, empty_rows: str) -> Tensor:
     """`mask` and `causal` as one 4-D mask that SDPA accepts and that gives empty rows the result they should have.
 
@@ -159,10 +167,14 @@ def _sdpa_mask(mask: Tensor, causal: Tensor | None, q: Tensor, empty_rows: str) 
             return mask
         mask = torch.where(mask, 0.0, -torch.inf).to(q.dtype)
     else:
-        if mask.dtype != q.dtype and not (mask.dtype == torch.float32 and q.device.type == "cpu"):
-            # finfo(float32).min must stay finite in the narrower dtype: rows of it are uniform, not empty.
-            floor = torch.finfo(q.dtype).min
+        if q.device.type != "cpu":
+            # finfo.min must stay finite in the narrower dtype and when cuDNN multiplies it by log2(e): rows of it are
+            # uniform, not empty. Half of it still absorbs every score.
+            floor = torch.finfo(q.dtype).min / 2
             mask = torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)).to(q.dtype)
+        elif mask.dtype not in (q.dtype, torch.float32):
+            # On the CPU a float32 mask serves any q, and only float64's minima have to be kept finite.
+            mask = _flash.float32_mask(mask)
         if causal is not None:
             mask = torch.where(causal, mask, -torch.inf)
     if empty_rows == "nan":

@@ -17,7 +17,7 @@ KNOWN = ["attention", "rms_norm", "layer_norm", "dequant_matmul"]
 
 @pytest.fixture(autouse=True)
 def _light(monkeypatch):
-    """Inductor takes seconds a graph and is tested elsewhere: here the rewritten graph runs through AOTAutograd only."""
+    """Inductor takes seconds a graph and is tested elsewhere: here AOTAutograd alone runs the rewritten graph."""
     from torch._dynamo.backends.debugging import aot_eager
 
     monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, inputs, options: aot_eager(module, inputs))
@@ -263,7 +263,8 @@ def test_threads_compile_at_once():
 
     def one(n):
         a, b = torch.randn(n, 8), torch.randn(8)
-        return torch.allclose(torch.compile(lambda a, b: norm(a, b) + n, backend="fxopt")(a, b), norm(a, b) + n, atol=1e-5)
+        compiled = torch.compile(lambda a, b: norm(a, b) + n, backend="fxopt")
+        return torch.allclose(compiled(a, b), norm(a, b) + n, atol=1e-5)
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(one, range(2, 6)))

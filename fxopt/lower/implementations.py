@@ -7,9 +7,10 @@ call.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +34,14 @@ class Choice:
     implementation: str
     provenance: Any  # the Rewrite that made the node, or None
     passed_over: tuple[tuple[str, str], ...]
+    code: str  # what stands in the op's place: the traced nodes, or the source of the opaque call
 
 
-def place_implementations(
-    module: GraphModule, *, training: bool, compiled: bool, cuda_graphs: bool = False
-) -> list[Choice]:
-    """Give every fused op in the graph of `module` an implementation, in place; what was chosen, in graph order."""
+def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
+    """Give every fused op in the graph of `module` an implementation, in place; what was chosen, in graph order.
+
+    `target` says how the graph will run; its device is replaced by each op's own.
+    """
     choices = []
     traces: dict[Any, GraphModule] = {}
     for node in list(module.graph.nodes):
@@ -48,20 +51,30 @@ def place_implementations(
         args = op.bind(*node.args, **node.kwargs)
         fakes = tree_map(val, args)
         device = next(f.device for f in fakes if isinstance(f, Tensor))
-        chosen, passed_over = op.select(Target(device, training, compiled, cuda_graphs), *fakes)
-        choices.append(Choice(node.name, op.name, chosen.name, node.meta.get("fxopt"), tuple(passed_over)))
+        chosen, passed_over = op.select(replace(target, device=device), *fakes)
+        name, made_by = node.name, node.meta.get("fxopt")
         if chosen.overload is not None:
             node.target = chosen.overload
+            code = _source(chosen)
         else:
-            _inline(module.graph, node, op, chosen, args, traces)
+            code = _inline(module.graph, node, op, chosen, args, traces)
+        choices.append(Choice(name, op.name, chosen.name, made_by, tuple(passed_over), code))
     module.graph.lint()
     module.recompile()
     return choices
 
 
+def _source(chosen: Implementation) -> str:
+    try:
+        return inspect.getsource(chosen.run)
+    except OSError:  # made in an interpreter session
+        return repr(chosen.run)
+
+
 def _inline(
     graph: Graph, node: Node, op: FusedOp, chosen: Implementation, args: tuple[Any, ...], traces: dict[Any, GraphModule]
-) -> None:
+) -> str:
+    """Put the trace of `chosen` in the place of `node`; the trace as text."""
     leaves, structure = tree_flatten(args)
     dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
     key = (op.name, chosen.name, tuple(_key(leaf) for leaf in leaves))
@@ -85,6 +98,7 @@ def _inline(
         graph.erase_node(node)
     else:
         _replace(graph, node, results[0])
+    return str(traced.code).strip()
 
 
 def _key(leaf: Any) -> Any:

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from fxopt.graph.query import is_call, val
 from fxopt.match.match import Match
-from fxopt.ops import Implementation, Target, find_op
+from fxopt.ops import ANYWHERE, Implementation, Target, find_op
 from fxopt.rewrite import verdicts
 from fxopt.rewrite.compare import Distance, distance, non_finite
 from fxopt.rewrite.evaluate import CPU, Objection, ShapeMismatch, isolated, promote, run_native, run_promoted
@@ -59,11 +59,10 @@ class Verifier:
     `training` and `compiled` say how the graph will run, which decides what computes a fused op (see `ops.Target`).
     """
 
-    def __init__(self, level: str = "numeric", seed: int = 0, *, training: bool = False, compiled: bool = True) -> None:
+    def __init__(self, level: str = "numeric", seed: int = 0, *, target: Target = ANYWHERE) -> None:
         self.level = level
         self.seed = seed
-        self.training = training
-        self.compiled = compiled
+        self.target = target
 
     def verify(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> Verdict:
         """What is known of replacing `match.outputs` by `replacements`; the graph isn't changed.
@@ -92,12 +91,13 @@ class Verifier:
         found = obstacle(pair)
         if found is not None:
             return Verdict("unchecked", found)
-        target = Target(_device(pair), self.training, self.compiled)
+        target = replace(self.target, device=_device(pair))
         chosen = _choose(pair, target)
         identity, on_disk = _identity(type(fusion))
         options = [(f.name, getattr(fusion, f.name)) for f in fields(fusion)]
         how = [(op.name, op.opaque) for op in chosen.values()]
-        signature = structure(pair, (identity, options, self.level, self.seed, how, self.training, _machine(target)))
+        setting = (identity, options, self.level, self.seed, how, self.target.training, _machine(target))
+        signature = structure(pair, setting)
         known = verdicts.lookup(signature, disk=on_disk)
         if known is None:
             with isolated(target.device):

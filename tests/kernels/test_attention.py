@@ -20,7 +20,7 @@ ULPS = 4
 
 # B, Hq, Hkv, M, N, D, Dv
 DECODE = [(1, 4, 2, 1, 70, 16, 16), (2, 4, 1, 1, 200, 40, 24), (1, 6, 2, 5, 100, 80, 80), (1, 1, 1, 1, 1, 1, 1),
-          (1, 3, 3, 16, 33, 64, 64), (1, 9, 3, 1, 300, 64, 64)]  # fmt: skip
+          (1, 4, 1, 2, 40, 16, 16), (1, 3, 3, 16, 33, 64, 64), (1, 9, 3, 1, 300, 64, 64)]  # fmt: skip
 PREFILL = [(1, 2, 2, 40, 70, 72, 96), (1, 2, 1, 130, 67, 64, 64), (1, 4, 2, 17, 17, 40, 40), (1, 1, 1, 129, 1, 3, 5)]
 
 
@@ -121,7 +121,9 @@ def test_rows_without_live_keys(assert_as_good_as, triton_device, implementation
     assert_as_good_as(y, spelled_out(*args), right, ULPS)
 
 
-@pytest.mark.parametrize("dtype, mask_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)])
+@pytest.mark.parametrize(
+    "dtype, mask_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, BF16), (F32, F64)]
+)
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("implementation", ["reference", "sdpa", "triton"])
 def test_rows_of_finfo_min_are_uniform(assert_as_good_as, triton_device, implementation, rows, dtype, mask_dtype):
@@ -163,6 +165,14 @@ def test_rows_of_one_tile_may_differ_in_what_is_live(assert_as_good_as, triton_d
     assert_as_good_as(y, spelled_out(*args), right, ULPS)
     mask[0, 0, 2] = -INF
     assert attention.run("triton", *args)[:, :, 2].isnan().all()
+
+
+def test_a_key_beyond_the_diagonal_is_not_live(triton_device):
+    q, k, v = qkv((1, 2, 1, 3, 200, 16, 16), device=triton_device)
+    mask = torch.full((1, 1, 3, 200), torch.finfo(F32).min, device=triton_device)
+    mask[..., 150] = 0.0
+    y = attention.run("triton", q, k, v, mask, 0.2, True)
+    torch.testing.assert_close(y[0, 0], v[0, 0, :3].cumsum(0) / torch.arange(1, 4, device=y.device)[:, None])
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -260,7 +270,8 @@ def test_dynamic_shapes(implementation):
     assert counter.frame_count == 1
 
 
-def test_one_row_reads_a_kv_head_once_on_the_cpu():
+def test_one_row_reads_a_kv_head_once_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # with more threads than KV heads it wouldn't pay
     q, k, v = qkv((2, 6, 2, 1, 9, 8, 8))
     graph = torch.fx.experimental.proxy_tensor.make_fx(
         lambda *a: attention.run("sdpa", *a, None, 0.3), pre_dispatch=True

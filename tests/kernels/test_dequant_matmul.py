@@ -133,7 +133,8 @@ def test_strides_are_read_in_place(triton_device, m):
         args[0] = torch.stack([x, x], -1)[..., 0]
         args[1] = torch.cat([w, w], 1)[:, : w.shape[1]]
         args[2] = torch.stack([args[2], args[2]], -1)[..., 0]
-        torch.testing.assert_close(op.run("triton", *args), expected, rtol=0, atol=0)
+        # Other strides may mean other tiles, which add up in another order.
+        torch.testing.assert_close(op.run("triton", *args), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_leading_dimensions(triton_device):

@@ -38,8 +38,10 @@ def test_add_rounds_the_sum_first(assert_as_good_as, triton_device, dtypes, colu
     x, r = (torch.randn(6, columns, device=triton_device).to(d) for d in dtypes)
     weight, bias = parameters((columns,), 1, (x + r).dtype, triton_device)
     y, total = add_layer_norm.run("triton", x, r, weight, bias, 1e-5)
+    eager = F.layer_norm(x + r, (columns,), weight, bias)
     assert torch.equal(total, x + r)
-    assert_as_good_as(y, F.layer_norm(x + r, (columns,), weight, bias), exact(x + r, weight, bias, 1e-5, 1))
+    assert total.dtype == F32 or (y == eager).float().mean() > 0.98
+    assert_as_good_as(y, eager, exact(x + r, weight, bias, 1e-5, 1))
 
 
 @pytest.mark.parametrize("out_dtype", [F32, BF16, F64])

@@ -75,7 +75,7 @@ def _graph(training):
                 node.meta["val"] = torch.empty(4)
             elif node.op == "call_function":
                 node.meta["val"] = node.target(*torch.fx.map_arg(node.args, lambda n: n.meta["val"]))
-    return module, place_implementations(module, training=training, compiled=True)
+    return module, place_implementations(module, Target(torch.device("cpu"), training))
 
 
 def test_a_transparent_implementation_is_traced_in_and_an_opaque_one_stays():

@@ -71,12 +71,11 @@ def rms_norm(x, w):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_attention_at_2048_is_checked_in_a_blink(dtype):
     inputs = (Q.to(dtype), KV.to(dtype), KV.to(dtype))
-    start = time.perf_counter()
     match, replacements = site(attention, sdpa, *inputs)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: other work on the machine doesn't count
     verdict = Verifier().verify(sites.Toy(), match, replacements)
     assert verdict.status == "equal", verdict
-    assert time.perf_counter() - start < 0.3
+    assert time.process_time() - start < 0.3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
