@@ -101,7 +101,7 @@ def load(source: Source, dtype: torch.dtype, device: torch.device) -> Loaded:
     kind = _kind(config, transformers)
     loader = transformers.AutoModelForCausalLM if kind == "generation" else transformers.AutoModel
     try:
-        model = loader.from_pretrained(at, dtype=dtype, **where)
+        model = loader.from_pretrained(at, config=config, dtype=dtype, **where)
     except Exception as error:
         raise DemoError(f"transformers can't load the weights in {at}: {first_line(error)}") from error
     if config.is_encoder_decoder:
