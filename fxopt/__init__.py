@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fxopt.match.miss import NearMiss as NearMiss
     from fxopt.match.pattern import OneOf as OneOf
     from fxopt.match.pattern import Opt as Opt
+    from fxopt.match.pattern import cast as cast
+    from fxopt.match.pattern import upcast as upcast
     from fxopt.ops import Target as Target
     from fxopt.ops import fused_op as fused_op
     from fxopt.options import OptionError as OptionError
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from fxopt.rewrite.plugins import fusions as fusions
     from fxopt.rewrite.plugins import register as register
     from fxopt.rewrite.plugins import unregister as unregister
+    from fxopt.view.explain import Explanation as Explanation
     from fxopt.view.explain import explain as explain
     from fxopt.view.record import record as record
     from fxopt.view.report import Report as Report
@@ -42,6 +45,8 @@ _HOMES = {
     "NearMiss": "fxopt.match.miss",
     "OneOf": "fxopt.match.pattern",
     "Opt": "fxopt.match.pattern",
+    "cast": "fxopt.match.pattern",
+    "upcast": "fxopt.match.pattern",
     "Target": "fxopt.ops",
     "fused_op": "fxopt.ops",
     "OptionError": "fxopt.options",
@@ -55,13 +60,14 @@ _HOMES = {
     "fusions": "fxopt.rewrite.plugins",
     "register": "fxopt.rewrite.plugins",
     "unregister": "fxopt.rewrite.plugins",
+    "Explanation": "fxopt.view.explain",
     "explain": "fxopt.view.explain",
     "record": "fxopt.view.record",
     "Report": "fxopt.view.report",
     "Site": "fxopt.view.report",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
