@@ -244,7 +244,7 @@ def flash_attention(
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
         if mask.dtype == torch.float64:
-            mask = mask.to(torch.float32)
+            mask = float32_mask(mask)
         skip_minima = mask.dtype in (torch.float32, torch.bfloat16) and not is_causal
         mask = mask.expand(batch, heads, rows, keys)
         m_strides = mask.stride()
@@ -283,6 +283,13 @@ def flash_attention(
     return out
 
 
+def float32_mask(mask: Tensor) -> Tensor:
+    """A float mask as float32, with float64's finite minima still finite: rows of them are uniform, not empty."""
+    if mask.dtype == torch.float64:
+        mask = torch.where(mask == -torch.inf, mask, mask.clamp(min=torch.finfo(torch.float32).min))
+    return mask.to(torch.float32)
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
@@ -304,7 +311,7 @@ def _split_blocks(row_bytes: int, itemsize: int, block_r: int) -> tuple[int, int
 
 def _split(programs: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """(splits, key tiles each): enough splits for two programs a multiprocessor, each with at least one tile."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     splits = max(1, min(tiles, MAX_SPLITS, _triton.ceil_div(2 * multiprocessors, programs)))
     each = _triton.ceil_div(tiles, splits)
     return _triton.ceil_div(tiles, each), each
