@@ -131,6 +131,12 @@ def _tile(  # type: ignore[no-untyped-def]
             other=0,
         ).to(tl.int32)
         part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if VALUES == 2 and RUN == 1:  # neighbours share a byte: x is read in order and split, not read by twos
+            pair = (j[:, None] * 2 + tl.arange(0, 2)[None, :])[None]
+            both = tl.load(
+                x + row[:, :, None] * x_m + pair * x_k, mask=(m < M)[:, None, None] & inside[None, :, None], other=0
+            )
+            even, odd = tl.split(both)
         for p in tl.static_range(VALUES):
             place = VALUES - 1 - p if HIGH else p
             k = (j // RUN) * (RUN * VALUES) + place * RUN + j % RUN
@@ -152,7 +158,10 @@ def _tile(  # type: ignore[no-untyped-def]
                 value *= _affine(scale, n[None, :], group, s_n, s_g, cells)
             if MINIMUM:
                 value += _affine(minimum, n[None, :], group, m_n, m_g, cells)
-            xs = tl.load(x + row * x_m + k[None, :] * x_k, mask=(m < M)[:, None] & inside[None, :], other=0)
+            if VALUES == 2 and RUN == 1:
+                xs = odd if place == 1 else even
+            else:
+                xs = tl.load(x + row * x_m + k[None, :] * x_k, mask=(m < M)[:, None] & inside[None, :], other=0)
             value = value.to(xs.dtype)
             if WIDE_DOT:
                 xs, value = xs.to(tl.float32), value.to(tl.float32)
@@ -265,17 +274,23 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> Tenso
             num_warps=warps,
         )  # fmt: skip
         return out
-    block_m = min(max(next_power_of_2(m), 16), 64)
-    block_n = 32
+    # An H200's times at 4096x4096: int4, 16 rows 23 us; int8, 16 rows 13.5 us, 256 rows 35 us.
+    block_m, block_n = min(max(next_power_of_2(m), 16), 128 if values == 1 else 64), 32 if m <= 16 else 64
     exact = x.element_size() == 4
     block_j = 32 if exact else 128 if values == 1 else 64
     sizes = [size for size in (128, 64, 32, 16) if size <= block_j and in_one_group(weight, size)]
     _tile[(ceil_div(n, block_n), ceil_div(m, block_m))](
         *pointers, 1.0, m, n, j, *x.stride(), *weight.strides(),
         **common, SHARED=shared, ALIGNED=bool(sizes), EXACT=exact, WIDE_DOT=_interpreted(),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_J=sizes[0] if sizes else block_j, STAGES=4, num_warps=4,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_J=sizes[0] if sizes else block_j, STAGES=_stages(x), num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _stages(x: Tensor) -> int:
+    """Tiles in flight: 4 need up to 160 KB of shared memory a block, which data-centre Hopper and Blackwell have."""
+    large = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0), (10, 3))
+    return 4 if large else 2
 
 
 def _interpreted() -> bool:
