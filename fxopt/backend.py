@@ -95,6 +95,7 @@ def _rewritten(
         ANYWHERE,
         training=gradients_flow(example_inputs),
         compiled=compiled,
+        opaque=options.tune != "off",
         cuda_graphs=compiled and uses_cuda_graphs(options),
     )
     verifier = Verifier(options.verify, target=target)

@@ -44,6 +44,7 @@ class Target:
     device: torch.device
     training: bool = False  # gradients will flow through the op
     compiled: bool = True  # Inductor compiles the rest of the graph; False: it runs op by op
+    opaque: bool = True  # kernels that the compiler can't see into may be chosen, where they were measured to pay
     cuda_graphs: bool = False  # launches are replayed from a CUDA graph: what an opaque call costs the host is nothing
 
 
@@ -114,6 +115,8 @@ class FusedOp:
         passed_over: list[tuple[str, str]] = []
         for candidate in self.implementations:
             objection = candidate.objection(target, *args)
+            if candidate.opaque and not target.opaque:
+                objection = 'with tune="off" only what the compiler sees into is used'
             if objection is None:
                 return candidate, passed_over
             passed_over.append((candidate.name, objection))

@@ -25,7 +25,8 @@ class Options:
     disable   these fusions don't run
     verify    "off": rewrites are taken on trust; "meta": shapes, dtypes, strides and aliasing are compared;
               "numeric": numbers too, within a budget; "strict": no budget, and what could not be checked is undone
-    tune      "auto": implementations are chosen by what was measured for the device; "off": by fixed rules
+    tune      "auto": opaque kernels are used where they were measured to pay; "off": only implementations that Inductor
+              sees into, so that nothing depends on a measurement
     mode      Inductor's mode (torch.compile refuses mode= and options= together, so it can be given here)
     inductor  options passed on to Inductor
     """

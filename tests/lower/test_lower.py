@@ -43,6 +43,13 @@ def test_select_goes_by_order_and_keeps_the_objections():
     assert [name for name, _ in passed] == ["triton", "decomposed"]
 
 
+def test_without_tuning_nothing_opaque_is_chosen():
+    x = torch.randn(3)
+    chosen, passed = scaled.select(Target(x.device, training=True, opaque=False), x, 2.0)
+    assert chosen.name == "decomposed"
+    assert passed == [("triton", 'with tune="off" only what the compiler sees into is used')]
+
+
 def test_an_unknown_implementation_names_the_known_ones():
     with pytest.raises(ValueError, match="it has triton, decomposed, reference"):
         scaled.run("cuda", torch.randn(2), 1.0)
