@@ -3,6 +3,7 @@
     s·c·d         scale c·d                        s / t           divide q by t (a number known only at run time)
     s + a + b     mask a + b, in the scores' dtype, so that two finfo.min overflow as they did
     (s + a) · c   scale c, mask a · c              where(p, s, -inf)   boolean mask p, or where(p, a, -inf)
+    max(s + a, f)   mask max(a, f), where f absorbs any score
     where(p, s, f)  mask where(p, 0, f): f absorbs any score that is added to it, so rows without a live key stay
                   uniform. A finite f that would not (as -1e4, or finfo(float16).min) is made more negative, which
                   changes no weight unless something is added afterwards.
@@ -29,7 +30,7 @@ from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.region import constant_value
 from fxopt.passes._attention_operands import emit, place_term
-from fxopt.passes._attention_scores import ABSORBING, ROWS, Add, Cast, Fill, Instruction, Scale, tensor_of
+from fxopt.passes._attention_scores import ABSORBING, ROWS, Add, Cast, Fill, Floor, Instruction, Scale, tensor_of
 
 _SHAPED_LIKE = frozenset({aten.expand_as.default, aten.reshape_as.default, aten.view_as.default})
 
@@ -103,7 +104,7 @@ def plan(
     if not steps or is_causal:
         return Plan(scale, tuple(factors), tuple(steps), is_causal, frozenset(covered))
     alone = sum(s.tensor is not None for s in steps) == 1
-    scaled = any(isinstance(s.instruction, Scale) for s in steps)
+    scaled = any(isinstance(s.instruction, (Scale, Floor)) for s in steps)
     triangles = [] if scaled else [s for s in steps if _is_triangle(s, sizes, alone=alone)]
     if triangles:
         steps = [s for s in steps if s is not triangles[0]]
@@ -129,10 +130,10 @@ def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) ->
         elif isinstance(at, Cast) and mask is not None and val(mask).dtype not in (torch.bool, at.dtype):
             if i < last or not widens(val(mask).dtype, at.dtype):  # at the end it would only take more room
                 mask = match.call(aten.to.dtype, mask, at.dtype)
-        elif isinstance(at, Scale) and mask is not None and val(mask).dtype != torch.bool:
-            mask = multiply(match, mask, at)
         elif isinstance(at, Scale) and mask is not None:
             mask = multiply(match, _additive(match, mask, torch.float32), at)
+        elif isinstance(at, Floor) and mask is not None:
+            mask = match.call(aten.clamp_min.default, _additive(match, mask, torch.float32), at.value)
     return mask
 
 

@@ -68,7 +68,14 @@ class Cast:
     dtype: torch.dtype
 
 
-Instruction = Scale | Add | Fill | Cast
+@dataclass(frozen=True)
+class Floor:
+    """Scores below `value`, which absorbs any score, are raised to it: -inf becomes finite."""
+
+    value: float
+
+
+Instruction = Scale | Add | Fill | Cast | Floor
 
 
 def tensor_of(step: Instruction) -> Node | None:
@@ -183,6 +190,9 @@ def _instructions(step: Step, layout: Layout) -> list[Instruction] | str:
     if node.target is aten.tanh.default:
         return "the scores are soft-capped (tanh), which this fusion does not do"
     if node.target in _CLAMPS:
+        floor = _floor(node, position)
+        if floor is not None and floor <= ABSORBING:
+            return [Floor(floor)]
         return f"the scores are clamped ({_name(node)})"
     if node.target is aten.dropout.default:
         return "dropout is active on the scores"
@@ -230,6 +240,18 @@ def _filled(node: Node, position: int, dtype: torch.dtype, layout: Layout) -> li
     if not value <= NEGLIGIBLE:
         return f"{node.name} fills masked scores with {value}, which leaves them weight"
     return [Fill(condition, keep, value, dtype, layout)]
+
+
+def _floor(node: Node, position: int) -> float | None:
+    """The number below which the node lets no value fall, if that is all it does."""
+    if node.target in (aten.maximum.default, aten.max.other):
+        value = number(node.args[1 - position])
+    elif node.target in (aten.clamp.default, aten.clamp_min.default) and position == 0:
+        given = arguments(node)
+        value = number(given["min"]) if given.get("max") is None else None
+    else:
+        return None
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _is_row_shift(step: Step) -> bool:

@@ -11,6 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxopt.passes.attention import FuseAttention
+from fxopt.passes.raise_softmax import RaiseSoftmax
+
 _spec = importlib.util.spec_from_file_location("fxopt_test_attending", Path(__file__).with_name("_attending.py"))
 _shared = importlib.util.module_from_spec(_spec)
 sys.modules["fxopt_test_attending"] = _shared
@@ -224,6 +227,11 @@ def bias_split_over_keys(q, k, v, m):
     return attend(scores.view(2, 4, 5, 6), v)
 
 
+def raised_to_the_least_number(q, k, v, m):
+    scores = q @ k.mT + m.masked_fill(m < 0, -math.inf).masked_fill(m > 2, torch.finfo(q.dtype).min)
+    return attend(torch.max(scores, torch.tensor(torch.finfo(q.dtype).min)), v)
+
+
 def handwritten_softmax(q, k, v, m):
     scores = q @ k.mT * 0.3
     weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
@@ -261,7 +269,7 @@ FORMS = [
     where_min, where_tensor_min, filled, filled_in_place, filled_all, bias_then_where, where_then_bias, two_wheres,
     softmax_in_fp32, cast_around_softmax, scores_in_fp32, dropped_out, einsum, einsum_sequence_first, three_dims,
     three_dims_mask_round_trip, three_dims_mask, baddbmm, baddbmm_empty, two_dims, five_dims, windows_of_masks,
-    shared_keys, one_kv_head, row_maximum_subtracted, stabilised_twice,
+    shared_keys, one_kv_head, row_maximum_subtracted, stabilised_twice, raised_to_the_least_number,
     mask_expanded_as_scores, bias_shaped_as_scores, bias_split_over_keys, handwritten_softmax, laid_out, sdpa,
     sdpa_mask, sdpa_bool, sdpa_causal, sdpa_three_dims,
 ]  # fmt: skip
@@ -427,3 +435,12 @@ def test_symbolic_layer_with_a_symbolic_scale(fuser, folded):
     assert fuser.sites == 1, fuser.reasons
     assert len(fuser.graphs) == 1
     assert fuser.calls[0][1].meta["val"].shape[1] == 2
+
+
+@pytest.mark.parametrize("example", [*FuseAttention().examples(), *RaiseSoftmax().examples()], ids=lambda e: e.name)
+def test_examples_are_as_they_say(fuser, example):
+    inputs = example.inputs()
+    torch.testing.assert_close(fuser.run(example.program, *inputs), example.program(*inputs), rtol=1e-5, atol=1e-5)
+    if example.name in [e.name for e in FuseAttention().examples()]:
+        assert fuser.sites == example.sites
+        assert (example.refused or "") in fuser.reasons
