@@ -148,9 +148,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     return out if out.dtype == dtype else out.to(dtype)
 
 
+# Float32 adds no score of float16 operands to a number of this size.
+ABSORBING = -1e25
+
+
 def _settle_dead_rows(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A row masked with finfo.min throughout is uniform: float16 has no number that says so, equal scores do."""
-    dead = (mask <= torch.finfo(mask.dtype).min).all(-1, keepdim=True) & (mask > -torch.inf).all(-1, keepdim=True)
+    """A row masked throughout by one huge number is uniform: float16 has no number that says so, equal scores do."""
+    highest = mask.amax(-1, keepdim=True)
+    dead = (highest <= ABSORBING) & (highest > -torch.inf) & (mask == highest).all(-1, keepdim=True)
     return torch.where(dead, 0.0, q), torch.where(dead, 0.0, mask)
 
 
