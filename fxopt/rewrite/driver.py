@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 #: sweeps over all fusions before the driver stops looking for more (a pair of rules that undo each other ends here)
 MAX_SWEEPS = 8
+
+#: applications of one fusion for each node of the graph as it came (a rule that feeds on its own results ends here)
+MAX_APPLICATIONS = 2
 
 #: meta key: the fake value that a fusion's result stands in for (the lowering gives its strides back where they matter)
 STANDS_FOR = "fxopt_stands_for"
@@ -81,6 +85,9 @@ class _Driver:
         self.raised: list[tuple[int, Match, tuple[Node, ...]]] = []  # (index of its step, match, what replaced it)
         self.misses: dict[tuple[str, Node], Miss] = {}
         self.given_up: set[tuple[str, Node]] = set()  # (fusion, anchor) whose rewrite failed: not tried again
+        self.applied: Counter[str] = Counter()
+        self.limit = MAX_APPLICATIONS * len(graph.nodes)
+        self.told: set[tuple[str, str]] = set()  # (fusion, failure) that was warned of: layers fail alike
 
     def run(self) -> Outcome:
         for stage in ("raise", "fuse"):
@@ -108,6 +115,9 @@ class _Driver:
             key = (fusion.name, anchor)
             if key in self.given_up or anchor.meta.get(SHADOW) or anchor._erased:
                 continue
+            if self.applied[fusion.name] >= self.limit:
+                self._warn(fusion, f"stopped after {self.limit} applications: does it apply to its own results?")
+                return
             start = time.perf_counter()
             match = self._match(fusion, anchor)
             self.outcome.seconds["match"] += time.perf_counter() - start
@@ -124,7 +134,7 @@ class _Driver:
                 return found
             return illegality(found, self.scope) or fusion.check(found) or found
         except Exception as error:  # a fusion's own code can raise anything; the model must still run
-            log.warning("fusion %s failed while matching at %s: %s", fusion.name, anchor.name, error, exc_info=True)
+            self._warn(fusion, f"raised while matching at {anchor.name}", error)
             self.given_up.add((fusion.name, anchor))
             return Miss(f"the fusion raised {type(error).__name__}: {error}", anchor)
 
@@ -135,26 +145,38 @@ class _Driver:
             replacements = made if isinstance(made, tuple) else (made,)
             verdict = _compare(match, replacements)
         except Exception as error:
-            log.warning("fusion %s failed while rewriting at %s: %s", fusion.name, anchor.name, error, exc_info=True)
+            self._warn(fusion, f"raised while rewriting at {anchor.name}", error)
             replacements, verdict = (), Verdict("failed", f"the fusion raised {type(error).__name__}: {error}")
         checked = time.perf_counter()
         if verdict.status != "failed":
-            verdict = self.verifier.verify(fusion, match, replacements)
+            verdict = self._verify(fusion, match, replacements)
         verified = time.perf_counter()
         applied = verdict.status != "failed" and not (verdict.status == "unchecked" and self.verifier.level == "strict")
-        step = _describe(fusion, match, replacements, verdict, applied)
+        step = _describe(fusion, match, verdict, applied, (checked - start) * 1e6)
         if applied:
             _annotate(fusion, match, step)
             self._commit(fusion, match, replacements)
+            self.applied[fusion.name] += 1
         else:
             self._undo(match)
             self.given_up.add((fusion.name, anchor))
-            log.warning("undid %s at %s: %s", fusion.name, anchor.name, verdict.detail)
-        done = time.perf_counter()
-        object.__setattr__(step, "microseconds", (done - start - (verified - checked)) * 1e6)
+            self._warn(fusion, f"undone: {verdict.detail}")
         self.outcome.steps.append(step)
-        self.outcome.seconds["rewrite"] += (checked - began) + (done - verified)
+        self.outcome.seconds["rewrite"] += (checked - began) + (time.perf_counter() - verified)
         self.outcome.seconds["verify"] += verified - checked
+
+    def _verify(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> Verdict:
+        try:
+            return self.verifier.verify(fusion, match, replacements)
+        except Exception as error:  # what can't be verified for a fault of ours is not done either
+            self._warn(fusion, "its verification failed", error)
+            return Verdict("failed", f"the verification raised {type(error).__name__}: {error}")
+
+    def _warn(self, fusion: Fusion, what: str, error: Exception | None = None) -> None:
+        key = (fusion.name, str(error) if error is not None else what)
+        if key not in self.told:
+            self.told.add(key)
+            log.warning("fusion %s %s%s", fusion.name, what, f": {error}" if error else "", exc_info=error)
 
     def _commit(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> None:
         if fusion.stage == "raise":
@@ -179,8 +201,8 @@ class _Driver:
                 for old, new in zip(match.outputs, replacements, strict=True):
                     new.replace_all_uses_with(old)
                 step = self.outcome.steps[index]
-                object.__setattr__(step, "applied", False)
-                object.__setattr__(step, "verdict", Verdict(step.verdict.status, "undone: nothing fused the result"))
+                verdict = Verdict(step.verdict.status, "undone: nothing fused the result")
+                self.outcome.steps[index] = replace(step, applied=False, verdict=verdict)
             self._erase_dead(match.made)
             self._erase_dead(match.nodes)
 
@@ -211,7 +233,7 @@ def _compare(match: Match, replacements: tuple[Node, ...]) -> Verdict:
     return Verdict("meta")
 
 
-def _describe(fusion: Fusion, match: Match, replacements: tuple[Node, ...], verdict: Verdict, applied: bool) -> Step:
+def _describe(fusion: Fusion, match: Match, verdict: Verdict, applied: bool, microseconds: float) -> Step:
     ordered = sorted(match.nodes)
     lines = dict.fromkeys(line for line in map(source_line, ordered) if line)
     op = next((getattr(n.target, "__name__", str(n.target)) for n in match.made if find_op(n.target)), "")
@@ -223,7 +245,7 @@ def _describe(fusion: Fusion, match: Match, replacements: tuple[Node, ...], verd
         made=tuple(n.name for n in match.made),
         sources=tuple(lines),
         module=module_path(max(match.outputs)),
-        microseconds=0.0,
+        microseconds=microseconds,
         verdict=verdict,
         applied=applied,
         tags={k: str(v) for k, v in match.tags.items()},
