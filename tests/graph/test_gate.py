@@ -110,6 +110,27 @@ def test_while_loop_and_scan_are_turned_away(captured):
     assert "higher-order op while_loop" in captured.reasons[0]
 
 
+def test_map_scan_and_associative_scan_are_turned_away(captured):
+    from torch._higher_order_ops.associative_scan import associative_scan
+    from torch._higher_order_ops.map import map as hop_map
+    from torch._higher_order_ops.scan import scan
+
+    programs = {
+        "map_impl": lambda x: hop_map(lambda row: row.sin(), x),
+        "scan": lambda x: scan(lambda carry, row: (carry + row, row * 2), x[0].clone(), x)[1],
+        "associative_scan": lambda x: associative_scan(torch.add, x, 0, combine_mode="generic"),
+    }
+    expected = {
+        "map_impl": x.sin(),
+        "scan": x * 2,
+        "associative_scan": x.cumsum(0),
+    }
+    for name, program in programs.items():
+        captured.reasons.clear()
+        same(expected[name], captured.run(program, x))
+        assert any("higher-order op" in reason or "torch.func" in reason for reason in captured.reasons), name
+
+
 def test_nested_compile_region(captured):
     region = torch.compiler.nested_compile_region(lambda y: (y @ y).sin())
     same(x @ x, x @ x)
