@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# What docs/measurements.md holds, and the tests that need a GPU, into one folder:
+#
+#     PYTHON=python3 benchmarks/run_all.sh FOLDER [tests] [llama] [dequant] [demo] [stages]
+#
+# Without names, all of them. Each goes on where one before it failed; the exit code is that of the last failure.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${1:?the folder for the results}
+shift
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+failed=0
+
+step() { # name, command ...: its output goes to the folder and its end to the terminal
+  local name=$1
+  shift
+  [ -z "$wanted" ] || [[ " $wanted " == *" $name "* ]] || return 0
+  echo "== $name"
+  "$@" >"$out/$name.log" 2>&1 || { failed=$?; echo "$name failed ($failed)"; }
+  tail -n 40 "$out/$name.log"
+}
+
+demos() {
+  "$python" -W ignore -m fxopt demo --output "$out/smollm2.json" &&
+    "$python" -W ignore -m fxopt demo --model minilm --output "$out/minilm.json"
+}
+
+wanted="$*"
+step tests "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_generate.py tests/kernels -W ignore
+step llama "$python" benchmarks/llama.py --layers 8 --out "$out/llama.json"
+step dequant "$python" benchmarks/dequant_matmul.py
+step demo demos
+step stages "$python" benchmarks/compile_stages.py
+exit "$failed"
