@@ -51,7 +51,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	mkdir -p reports
+	PYTHON=$(BIN)/python benchmarks/run_all.sh measurements
 	$(BIN)/python benchmarks/compile_stages.py
 	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
 		{ echo "the other benchmarks need a CUDA device"; exit 1; }
