@@ -52,11 +52,6 @@ format: setup
 
 bench: setup
 	PYTHON=$(BIN)/python benchmarks/run_all.sh measurements
-	$(BIN)/python benchmarks/compile_stages.py
-	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
-		{ echo "the other benchmarks need a CUDA device"; exit 1; }
-	$(BIN)/python benchmarks/dequant_matmul.py
-	$(BIN)/python benchmarks/llama.py --out reports/llama.json
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
