@@ -15,8 +15,16 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from fxopt.graph.query import arguments, is_mutable, is_reshape, is_tensor, permutation, val
-from fxopt.graph.scope import is_random, storages, written_arguments
+from fxopt.graph.query import (
+    arguments,
+    is_mutable,
+    is_reshape,
+    is_tensor,
+    permutation,
+    val,
+    written_arguments,
+)
+from fxopt.graph.scope import is_random, storages
 from fxopt.graph.symbols import same_shape
 
 aten = torch.ops.aten

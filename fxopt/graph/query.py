@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -173,10 +174,39 @@ def result(node: Node, index: int) -> Node | None:
     return None
 
 
+#: composite ops that write to arguments without saying so in their schema: (the flag that asks for it, the arguments)
+_HIDDEN_WRITES = {
+    aten.batch_norm.default: ("training", ("running_mean", "running_var")),
+    aten.instance_norm.default: ("use_input_stats", ("running_mean", "running_var")),
+}
+
+
 def is_mutable(node: Node) -> bool:
     """Whether the node's op writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+    return bool(schema is not None and schema.is_mutable) or bool(_hidden_writes(node))
+
+
+def written_arguments(node: Node) -> list[Node]:
+    """The nodes whose values `node` writes to: by its schema, or by what is known of the op."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return _hidden_writes(node)
+    written: list[Node] = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        written += [leaf for leaf in tree_leaves(given) if isinstance(leaf, Node)]
+    return written
+
+
+def _hidden_writes(node: Node) -> list[Node]:
+    if node.target not in _HIDDEN_WRITES:
+        return []
+    flag, names = _HIDDEN_WRITES[node.target]
+    given = arguments(node)
+    return [given[name] for name in names if given[flag] and isinstance(given[name], Node)]
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')

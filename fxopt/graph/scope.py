@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from fxopt.graph.query import arguments, is_mutable, users, val
+from fxopt.graph.query import arguments, is_mutable, users, val, written_arguments
 
 StorageId = int
 
@@ -27,20 +27,6 @@ def storages(node: Any) -> frozenset[StorageId]:
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             found.add(leaf.untyped_storage()._cdata)
     return frozenset(found)
-
-
-def written_arguments(node: Node) -> list[Node]:
-    """The nodes whose values `node` writes to, by its schema."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    written: list[Node] = []
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        written += [leaf for leaf in tree_leaves(given) if isinstance(leaf, Node)]
-    return written
 
 
 def is_random(node: Node) -> bool:

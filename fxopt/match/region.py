@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxopt.graph.query import arguments, aten, is_cast, is_mutable, is_tensor, users, val
-from fxopt.graph.scope import is_barrier, is_random, storages, written_arguments
+from fxopt.graph.query import arguments, aten, is_cast, is_mutable, is_tensor, users, val, written_arguments
+from fxopt.graph.scope import is_barrier, is_random, storages
 from fxopt.graph.symbols import known_equal
 from fxopt.match.axes import is_layout
 from fxopt.match.miss import Miss

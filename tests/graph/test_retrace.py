@@ -157,3 +157,26 @@ def test_graph_break(captured):
     x = torch.randn(3, 3)
     torch.testing.assert_close(captured.run(program, x), program(x))
     assert len(captured.graphs) == 2
+
+
+def test_batch_norm_writes_to_its_statistics(captured):
+    def program(x, mean, var):
+        return torch.nn.functional.batch_norm(x, mean, var, training=True).relu(), mean * 1
+
+    mine, theirs = [[torch.randn(4, 3), torch.zeros(3), torch.ones(3)] for _ in range(2)]
+    theirs[0] = mine[0].clone()
+    torch.testing.assert_close(captured.run(program, *mine), program(*theirs))
+    torch.testing.assert_close(mine, theirs)
+    assert captured.graphs
+
+
+def test_writing_through_data_without_gradients(captured):
+    def program(x):
+        y = x + 1
+        y.data[:, 1:].copy_(x[:, :-1])
+        return y * 2
+
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(captured.run(program, x), program(x))
+    assert captured.graphs
