@@ -30,7 +30,11 @@ from fxopt.graph.symbols import same_shape
 aten = torch.ops.aten
 
 _VIEW_TO_RESHAPE = {aten.view.default, aten._unsafe_view.default}
-_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+_DROPOUTS = {
+    getattr(aten, kind + suffix).default
+    for kind in ("dropout", "feature_dropout", "alpha_dropout")
+    for suffix in ("", "_")
+}
 _CASTING = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten.type_as.default}
 _EXPANDS = {aten.expand.default, aten.expand_as.default}
 
@@ -38,9 +42,10 @@ _EXPANDS = {aten.expand.default, aten.expand_as.default}
 def canonicalise(module: GraphModule) -> int:
     """Bring the traced graph of `module` into canonical form, in place; the number of nodes changed."""
     graph = module.graph
+    dropped = _inactive_dropout(graph)
     written = _written_storages(graph)
     returned = set(graph.output_node().all_input_nodes)
-    changed = _scalar_constants(module)
+    changed = dropped + _scalar_constants(module)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -73,6 +78,19 @@ def _erase_unused(graph: Graph) -> int:
     return changed
 
 
+def _inactive_dropout(graph: Graph) -> int:
+    """Drop dropout that does nothing (in place or not), before it is asked what writes to what."""
+    changed = 0
+    for node in list(graph.nodes):
+        if node.target in _DROPOUTS:
+            given = arguments(node)
+            if given["train"] is False or given["p"] == 0:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                changed += 1
+    return changed
+
+
 def _written_storages(graph: Graph) -> frozenset[int]:
     written: set[int] = set()
     for node in graph.nodes:
@@ -89,9 +107,6 @@ def _identity(node: Node, written: frozenset[int]) -> Node | None:
     before, after = val(source), val(node)
     if node.target is aten.alias.default:
         return source
-    if node.target in _DROPOUTS:
-        given = arguments(node)
-        return source if given["train"] is False or given["p"] == 0 else None
     if not _same_kind(before, after):
         return None
     if node.target in _CASTING:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from fxopt.graph.query import val
 from fxopt.lower.strides import restore_strides
 from fxopt.ops import FusedOp, Implementation, Target, find_op
+from fxopt.rewrite.driver import STANDS_FOR
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
         else:
             code = _inline(module.graph, node, op, chosen, args, traces)
         choices.append(Choice(name, op.name, chosen.name, made_by, tuple(passed_over), code))
+    for node in list(module.graph.nodes):
+        if STANDS_FOR in node.meta:  # an opaque call, or a raised form that stayed in part
+            _restore(module.graph, node)
     module.graph.lint()
     module.recompile()
     return choices
@@ -135,6 +139,12 @@ def _copy(graph: Graph, node: Node, traced: GraphModule, inputs: list[Node]) -> 
 
 
 def _replace(graph: Graph, old: Node, new: Node) -> None:
-    replacement = restore_strides(graph, old, new)
-    old.replace_all_uses_with(replacement, delete_user_cb=lambda user: user is not replacement)
+    old.replace_all_uses_with(restore_strides(graph, old, new))
     graph.erase_node(old)
+
+
+def _restore(graph: Graph, node: Node) -> None:
+    before = set(node.users)
+    replacement = restore_strides(graph, node, node)
+    if replacement is not node:
+        node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user in before)

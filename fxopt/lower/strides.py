@@ -31,7 +31,7 @@ def restore_strides(graph: Graph, old: Node, new: Node) -> Node:
         return new
     order = sorted(range(wanted.dim()), key=lambda d: (-hint(wanted.stride(d)), d))
     back = [order.index(d) for d in range(wanted.dim())]
-    with graph.inserting_before(old):
+    with graph.inserting_before(new.next):
         permuted = _call(graph, new, aten.permute.default, new, order)
         packed = _call(graph, new, aten.clone.default, permuted, memory_format=torch.contiguous_format)
         return _call(graph, new, aten.permute.default, packed, back)

@@ -197,7 +197,8 @@ class _Driver:
         for index, match, replacements in reversed(self.raised):
             for node in match.nodes:
                 node.meta.pop(SHADOW, None)
-            if any(new.users for new in replacements):
+            used = any(node._erased for node in match.made)  # a fusion took some of what was raised
+            if not used and any(new.users for new in replacements):
                 for old, new in zip(match.outputs, replacements, strict=True):
                     new.replace_all_uses_with(old)
                 step = self.outcome.steps[index]

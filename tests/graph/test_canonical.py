@@ -14,6 +14,7 @@ x = torch.randn(4, 6)
     "program, gone",
     [
         (lambda x: F.dropout(x.sin(), 0.5, training=False) + 1, aten.dropout.default),
+        (lambda x: F.dropout(x.sin(), 0.5, training=False, inplace=True) + 1, aten.dropout_.default),
         (lambda x: x.sin().to(torch.float32) + 1, aten.to.dtype),
         (lambda x: x.sin().contiguous() + 1, aten.contiguous.default),
         (lambda x: x.sin().expand(4, 6) + 1, aten.expand.default),
