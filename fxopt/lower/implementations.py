@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fxopt.graph.canonical import canonicalise
 from fxopt.graph.query import val
 from fxopt.lower.strides import restore_strides
 from fxopt.ops import FusedOp, Implementation, Target, find_op
@@ -119,7 +120,13 @@ def _trace(program: Callable[..., Any], values: list[Any]) -> GraphModule:
     mode = detect_fake_mode(values)
     assert mode is not None
     with mode, torch.no_grad():
-        return make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        # Two nodes can have one fake value between them (copies of one trace do), and a trace knows its inputs by
+        # identity: it would take the one for the other.
+        values = [v.detach() if isinstance(v, Tensor) else v for v in values]
+        traced = make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    traced.graph.eliminate_dead_code()
+    canonicalise(traced)
+    return traced
 
 
 def _copy(graph: Graph, node: Node, traced: GraphModule, inputs: list[Node]) -> list[Any]:

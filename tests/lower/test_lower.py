@@ -97,6 +97,22 @@ def test_a_transparent_implementation_is_traced_in_and_an_opaque_one_stays():
     torch.testing.assert_close(module_2(x), x + 4)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_operands_that_come_from_alike_ops_are_not_confused(dynamic):
+    """q and k are results of two sites that share one trace; each must stay itself."""
+
+    def program(x, y, w):
+        q, k = (torch.nn.functional.layer_norm(t, (8,), w) for t in (x, y))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, y)
+
+    x, y, w = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(8)
+    torch._dynamo.reset()
+    with fxopt.record() as rec, torch.no_grad():
+        out = torch.compile(program, backend="fxopt", dynamic=dynamic)(x, y, w)
+    assert rec.counts() == {"layer_norm": 2, "attention": 1}
+    torch.testing.assert_close(out, program(x, y, w))
+
+
 def test_inductor_gets_mode_and_options(monkeypatch):
     seen = {}
     monkeypatch.setattr(
