@@ -79,3 +79,12 @@ def assert_as_good_as():
         assert error <= allowed, f"error {error:.3g} against float64, allowed {allowed:.3g}, an ulp is {ulp:.3g}"
 
     return check
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """Rewritten graphs run through AOTAutograd only: Inductor takes seconds a graph and is tested where it matters."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, inputs, options: aot_eager(module, inputs))
+    torch._dynamo.reset()

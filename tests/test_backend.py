@@ -15,13 +15,7 @@ from fxopt.options import OptionError, Options
 KNOWN = ["attention", "rms_norm", "layer_norm", "dequant_matmul"]
 
 
-@pytest.fixture(autouse=True)
-def _light(monkeypatch):
-    """Inductor takes seconds a graph and is tested elsewhere: here AOTAutograd alone runs the rewritten graph."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, inputs, options: aot_eager(module, inputs))
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def run(program, *inputs, **kwargs):

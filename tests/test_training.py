@@ -45,12 +45,7 @@ def vit(attention):
     }
 
 
-@pytest.fixture(autouse=True)
-def _light(monkeypatch):
-    from torch._dynamo.backends.debugging import aot_eager
-
-    monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, inputs, options: aot_eager(module, inputs))
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -7,13 +7,7 @@ import torch
 
 import fxopt
 
-
-@pytest.fixture(autouse=True)
-def _light(monkeypatch):
-    from torch._dynamo.backends.debugging import aot_eager
-
-    monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, inputs, options: aot_eager(module, inputs))
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def channels_first(q, k, v):

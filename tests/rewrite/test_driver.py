@@ -49,12 +49,8 @@ class FuseSinCos(Fusion):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled(without_inductor):
     """compiled(program, *inputs, fusion=...) -> (result, report); the fusion is registered for the test only."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    # What is tested here happens before the lowering, which would take seconds a test.
-    monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, inputs, options: aot_eager(module, inputs))
     names = []
 
     def run(program, *inputs, fusion=None, dynamic=None, **options):
