@@ -97,8 +97,8 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-#: (int8, int4) rows up to which the Triton kernels were faster than a dequantised weight and cuBLAS. On an H200 at
-#: 4096x4096 int4 takes 23 us at 16 rows and 206 us at 256, int8 13.5 and 35; Inductor's kernels 39 and 59, 44 and 55.
+#: (int8, int4) rows up to which the Triton kernels are used. Chosen from a sweep at 4096x4096 on a Hopper GPU of a kind
+#: not recorded, at 16 and 256 rows, against Inductor's times from another run: 32 lies between and was not measured.
 _MOST_ROWS = (256, 32)
 
 
