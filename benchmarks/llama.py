@@ -18,13 +18,21 @@ from typing import Any
 import torch
 from timing import copy_bandwidth, matmul_rate, milliseconds
 
-MODES = {
+TUNED = {"coordinate_descent_tuning": True}
+MODES: dict[str, tuple[str, dict[str, Any]] | None] = {
     "eager": None,
-    "inductor": ("inductor", None),
-    "inductor reduce-overhead": ("inductor", "reduce-overhead"),
-    "fxopt": ("fxopt", None),
-    "fxopt reduce-overhead": ("fxopt", "reduce-overhead"),
+    "inductor": ("inductor", {}),
+    "inductor reduce-overhead": ("inductor", {"mode": "reduce-overhead"}),
+    "inductor reduce-overhead, coordinate descent": ("inductor", {"options": {"triton.cudagraphs": True, **TUNED}}),
+    "inductor max-autotune-no-cudagraphs": ("inductor", {"mode": "max-autotune-no-cudagraphs"}),
+    "fxopt": ("fxopt", {}),
+    "fxopt reduce-overhead": ("fxopt", {"mode": "reduce-overhead"}),
+    "fxopt reduce-overhead, coordinate descent": (
+        "fxopt",
+        {"options": {"mode": "reduce-overhead", "inductor": TUNED}},
+    ),
 }
+DEFAULT, GRAPHS = ["inductor", "fxopt"], ["inductor reduce-overhead", "fxopt reduce-overhead"]
 
 
 def model_of(layers: int, attention: str) -> Any:
@@ -83,12 +91,13 @@ def time_case(name: str, model: Any, bind: Any, which: list[str]) -> list[dict[s
         row: dict[str, Any] = {"case": name, "mode": mode}
         try:
             run, recorder = model, None
-            if MODES[mode] is not None:
+            chosen = MODES[mode]
+            if chosen is not None:
                 import fxopt
 
-                backend, inductor_mode = MODES[mode]
+                backend, how = chosen
                 recorder = fxopt.record()
-                run = torch.compile(model, backend=backend, mode=inductor_mode)
+                run = torch.compile(model, backend=backend, **how)
             step = bind(run)
             with torch.no_grad():
                 start = time.perf_counter()
@@ -131,20 +140,32 @@ def main() -> None:
         "matmul_TFLOPs": round(rate / 1e12, 1),
         "rows": [],
     }
-    prefill_modes = ["eager", "inductor", "fxopt"]
-    decode_modes = ["eager", "inductor", "inductor reduce-overhead", "fxopt", "fxopt reduce-overhead"]
     for attention in ("sdpa", "eager"):
         model = model_of(arguments.layers, attention)
         weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
         cases = [
-            (f"prefill 1x2048 {attention}", lambda m=model: prefill(m, 1, 2048), prefill_modes),
-            (f"prefill 8x512 {attention}", lambda m=model: prefill(m, 8, 512), prefill_modes),
-            (f"decode B=1 cache 2048 {attention}", lambda m=model: decode(m, 1, 2048, 513), decode_modes),
+            (f"prefill 1x2048 {attention}", lambda m=model: prefill(m, 1, 2048), ["eager", *DEFAULT]),
+            (f"prefill 8x512 {attention}", lambda m=model: prefill(m, 8, 512), ["eager", *DEFAULT]),
+            (
+                f"decode B=1 cache 2048 {attention}",
+                lambda m=model: decode(m, 1, 2048, 513),
+                ["eager", *DEFAULT, *GRAPHS],
+            ),
         ]
         if attention == "sdpa":
             cases += [
-                ("decode B=1 cache 16384 sdpa", lambda m=model: decode(m, 1, 16384, 513), decode_modes[2::2]),
-                ("decode B=16 cache 2048 sdpa", lambda m=model: decode(m, 16, 2048, 513), decode_modes[2::2]),
+                ("decode B=1 cache 16384 sdpa", lambda m=model: decode(m, 1, 16384, 513), ["eager", *GRAPHS]),
+                ("decode B=16 cache 2048 sdpa", lambda m=model: decode(m, 16, 2048, 513), ["eager", *GRAPHS]),
+                (
+                    "tuned decode B=1 cache 2048 sdpa",
+                    lambda m=model: decode(m, 1, 2048, 513),
+                    [g + ", coordinate descent" for g in GRAPHS],
+                ),
+                (
+                    "tuned prefill 1x2048 sdpa",
+                    lambda m=model: prefill(m, 1, 2048),
+                    ["inductor max-autotune-no-cudagraphs"],
+                ),
             ]
         for name, make, modes in cases:
             if wanted and not any(w in name for w in wanted):
