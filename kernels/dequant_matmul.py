@@ -97,9 +97,9 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-#: (int8, int4) rows up to which the Triton kernels are used. Chosen from a sweep at 4096x4096 on a Hopper GPU of a kind
-#: not recorded, at 16 and 256 rows, against Inductor's times from another run: 32 lies between and was not measured.
-_MOST_ROWS = (256, 32)
+#: (int8, int4) rows up to which the Triton kernels are used. On an H200 (docs/measurements.md) both beat what Inductor
+#: makes of the spelled-out form at 16 rows, and lose to it at 256; between them 32 is a guess, not a measurement.
+_MOST_ROWS = (32, 32)
 
 
 def _kernel_fits(most_rows: int, target: Target, x: Tensor, packed: Tensor) -> str | None:
