@@ -190,7 +190,7 @@ def _functional_form(node: Node) -> Callable[..., Any] | None:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable or not is_tensor(node):
         return None
-    packet, overload = schema.name.split("::")[1], schema.overload_name or "default"
+    packet = schema.name.split("::")[1]
     if not packet.endswith("_") or packet.endswith("__") or schema.name.split("::")[0] != "aten":
         return None
     tags = node.target.tags  # type: ignore[union-attr]
@@ -200,7 +200,20 @@ def _functional_form(node: Node) -> Callable[..., Any] | None:
         or len(written_arguments(node)) != 1
     ):
         return None
-    return getattr(getattr(aten, packet[:-1], None), overload, None)
+    return _overload_taking(getattr(aten, packet[:-1], None), schema)
+
+
+def _overload_taking(packet: Any, schema: Any) -> Callable[..., Any] | None:
+    """The overload that takes what the in-place op takes and writes to nothing.
+
+    Names don't tell: `ldexp_.default` takes tensors, `ldexp.default` numbers.
+    """
+    for name in packet.overloads() if packet is not None else ():
+        candidate = getattr(packet, name)
+        taken = [(a.name, str(a.type)) for a in candidate._schema.arguments]
+        if not candidate._schema.is_mutable and taken == [(a.name, str(a.type)) for a in schema.arguments]:
+            return candidate
+    return None
 
 
 def _replace_in_place(graph: Graph, node: Node) -> None:

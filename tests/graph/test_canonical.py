@@ -99,3 +99,20 @@ def test_in_place_on_an_input_is_left_alone(captured):
 
     torch.testing.assert_close(captured.run(program, mine), program(theirs))
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda y: y.ldexp_(torch.tensor(2)), lambda y: y.pow_(2), lambda y: y.pow_(y.abs()), lambda y: y.float_power_(2)],
+)
+def test_the_functional_form_takes_what_the_in_place_one_took(captured, step):
+    x = torch.rand(2, 3).double()
+    program = lambda x: step(x + 1)  # noqa: E731
+    torch.testing.assert_close(captured.run(program, x), program(x))
+    assert not any(t._schema.is_mutable for t in captured.targets() if hasattr(t, "_schema"))
+
+
+def test_in_place_without_a_functional_form_of_the_same_arguments_stays(captured):
+    program = lambda x: (x + 1).polygamma_(1)  # noqa: E731
+    torch.testing.assert_close(captured.run(program, x.abs()), program(x.abs()))
+    assert aten.polygamma_.default in captured.targets()
