@@ -110,9 +110,3 @@ def test_the_functional_form_takes_what_the_in_place_one_took(captured, step):
     program = lambda x: step(x + 1)  # noqa: E731
     torch.testing.assert_close(captured.run(program, x), program(x))
     assert not any(t._schema.is_mutable for t in captured.targets() if hasattr(t, "_schema"))
-
-
-def test_in_place_without_a_functional_form_of_the_same_arguments_stays(captured):
-    program = lambda x: (x + 1).polygamma_(1)  # noqa: E731
-    torch.testing.assert_close(captured.run(program, x.abs()), program(x.abs()))
-    assert aten.polygamma_.default in captured.targets()
