@@ -17,13 +17,14 @@ A *transparent* implementation is traced into the compiled graph, where Inductor
 `when` gives no objection is used, and the reference is the last resort.
 
 The overload is named after a hash of the file that defines the op: AOTAutograd's cache keys on the op's name and would
-otherwise return the gradient, shape rule or kernel of an older version of the file after an edit.
+otherwise return the gradient, shape rule or kernel of an older version of the file after an edit. What else the op is
+written in (helpers, templates) must be named in `sources`. An op typed into a notebook has a name of its own each time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fxopt.sources import defining_file, digest
 
 NAMESPACE = "fxopt"
 
@@ -61,6 +64,7 @@ class Implementation:
     opaque: bool = False
     when: When | None = None
     overload: torch._ops.OpOverload | None = None  # of an opaque one: the call that stays in the compiled graph
+    version: str = ""  # hash of what it is written in, where the op's own doesn't cover that
 
     def objection(self, target: Target, *args: Any) -> str | None:
         """Why this implementation can't serve these arguments there, or None."""
@@ -76,6 +80,7 @@ class FusedOp:
     overload: torch._ops.OpOverload = None  # type: ignore[assignment]  # set once it is defined
     implementations: list[Implementation] = field(default_factory=list)
     contiguous: bool = False
+    sources: tuple[Path, ...] = ()  # the files that the overload's name is a hash of
     _library: Any = None
     _signature: str = ""  # the schema from its first parenthesis on
     _fake: Callable[..., Any] | None = None
@@ -91,19 +96,34 @@ class FusedOp:
         return bound.args
 
     def implementation(
-        self, name: str, *, opaque: bool = False, when: When | None = None
+        self, name: str, *, opaque: bool = False, when: When | None = None, sources: Sequence[Path | str] = ()
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Declare a way to compute the op. Order of declaration is order of preference."""
+        """Declare a way to compute the op. Order of declaration is order of preference.
+
+        It may be in another file than the op; `sources` are further files that it is written in.
+        """
 
         def declare(run: Callable[..., Any]) -> Callable[..., Any]:
-            overload = self._define(f"{self.overload._overloadname}_{name}", run) if opaque else None
-            self.implementations.append(Implementation(name, run, opaque, when, overload))
+            version = self._version(run, sources)
+            overload = None
+            if opaque:
+                parts = (self.overload._overloadname, *([version] if version else []), name)
+                overload = self._define("_".join(parts), run)
+            self.implementations.append(Implementation(name, run, opaque, when, overload, version))
             return run
 
         return declare
 
     def fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Declare the shape rule: takes fake tensors, returns empty ones of the result's shape, dtype and strides."""
+        """Declare the shape rule: takes fake tensors, returns empty ones of the result's shape, dtype and strides.
+
+        Raises ValueError where it is in a file that the op's name doesn't cover: an edit of it would go unseen.
+        """
+        if self._version(fn, ()):
+            where = (
+                f"{home}: name it in the op's sources=" if (home := defining_file(fn)) else "no file, but the op in one"
+            )
+            raise ValueError(f"the fake of {self.name} is defined in {where}")
         self._fake = fn
         for overload in (self.overload, *(i.overload for i in self.implementations)):
             if overload is not None:
@@ -131,6 +151,16 @@ class FusedOp:
                 return candidate.run(*self.bind(*args, **kwargs))
         known = ", ".join([i.name for i in self.implementations] + ["reference"])
         raise ValueError(f"{self.name} has no implementation {implementation!r}; it has {known}")
+
+    def _version(self, run: Callable[..., Any], sources: Sequence[Path | str]) -> str:
+        """A hash of the files that `run` is written in; "" if the op's own name says it all."""
+        if inspect.isbuiltin(run):
+            return ""  # torch's own, whose version every cache looks at
+        home = defining_file(run)
+        if home is None:
+            return uuid.uuid4().hex[:12] if self.sources else ""
+        files = _existing(home, *sources)
+        return "" if set(files) <= set(self.sources) else digest(files)
 
     def _define(self, overload_name: str, run: Callable[..., Any]) -> torch._ops.OpOverload:
         """An overload of the op that runs `run`, with no choice left to make when it is called."""
@@ -192,7 +222,8 @@ def fused_op(
 
     `sources` are further files whose edits must make cached code stale (templates, shared kernels). `contiguous` says
     that the one result is contiguous, as the fake states, although transparent implementations may return any strides.
-    Raises ValueError where the schema's arguments and the reference's parameters differ in name or order.
+    Raises ValueError where the schema's arguments and the reference's parameters differ in name or order, and where one
+    of `sources` is not a file.
     """
 
     def define(reference: Callable[..., Any]) -> FusedOp:
@@ -200,9 +231,13 @@ def fused_op(
         parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
         if [a.name for a in parsed.arguments] != list(inspect.signature(reference).parameters):
             raise ValueError(f"the parameters of {reference.__qualname__} are not those of the schema {schema!r}")
+        home = defining_file(reference)
+        # Without a file nobody can tell one version from another: each definition is one of its own.
+        files = _existing(home, __file__, *sources) if home is not None else ()
+        version = digest(files) if files else uuid.uuid4().hex[:12]
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        op = FusedOp(name, reference, contiguous=contiguous, _library=library, _signature=f"({rest}")
-        op.overload = op._define("v" + _source_hash(reference, sources), op._execute)
+        op = FusedOp(name, reference, contiguous=contiguous, sources=files, _library=library, _signature=f"({rest}")
+        op.overload = op._define(f"v{version}", op._execute)
         op.__doc__ = reference.__doc__
         return op
 
@@ -233,10 +268,8 @@ def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.fxopt_args = restore
 
 
-def _source_hash(reference: Callable[..., Any], sources: Sequence[Path | str]) -> str:
-    digest = hashlib.sha256()
-    defining = inspect.getsourcefile(reference)
-    for path in [defining, __file__, *sources]:
-        if path is not None and Path(path).is_file():
-            digest.update(Path(path).read_bytes())
-    return digest.hexdigest()[:12]
+def _existing(*sources: Path | str) -> tuple[Path, ...]:
+    for source in sources:
+        if not Path(source).is_file():
+            raise ValueError(f"sources= names {str(source)!r}, which is not a file (give a full path)")
+    return tuple(Path(source).resolve() for source in sources)

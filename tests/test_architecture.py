@@ -25,7 +25,7 @@ def test_a_stage_imports_only_those_before_it(path):
     allowed = STAGES[: STAGES.index(path.parent.name) + 1]
     for name in imported(path):
         if name.startswith("fxopt."):
-            assert name.split(".")[1] in {*allowed, "ops", "options", "compat", "cachedir", "backend"}, name
+            assert name.split(".")[1] in {*allowed, "ops", "options", "compat", "cachedir", "sources", "backend"}, name
     if path.name != "explain.py":  # it runs the backend on a model, as a user would
         assert "fxopt.backend" not in imported(path)
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.fx import Node
 
+from fxopt.sources import defining_file, digest
+
 if TYPE_CHECKING:
     from fxopt.graph.scope import Scope
     from fxopt.match.match import Match
@@ -56,6 +58,14 @@ class Fusion(ABC):
     stage: ClassVar[str] = "fuse"
     #: ops at which a search begins: overloads or packets
     anchors: ClassVar[tuple[Any, ...]] = ()
+    #: a hash of the files that the class and its bases are written in; None where there are none (a notebook)
+    source_version: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take the class's version now: its file may be edited while the process runs."""
+        super().__init_subclass__(**kwargs)
+        files = [defining_file(kind) for kind in cls.__mro__ if issubclass(kind, Fusion)]
+        cls.source_version = digest(file for file in files if file) if all(files) else None
 
     @property
     def name(self) -> str:

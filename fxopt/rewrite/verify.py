@@ -12,13 +12,10 @@ before is looked up (see `verdicts`), so a model of 32 equal layers is checked o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from fxopt.rewrite.compare import Distance, distance, non_finite
 from fxopt.rewrite.evaluate import CPU, Objection, ShapeMismatch, isolated, promote, run_native, run_promoted
 from fxopt.rewrite.fusion import Fusion, Precision, Verdict
 from fxopt.rewrite.meta_check import alias_difference, check_meta, stride_difference
-from fxopt.rewrite.region import Pair, extract, obstacle, structure
+from fxopt.rewrite.region import Pair, extract, obstacle
 from fxopt.rewrite.repro import write_repro
 from fxopt.rewrite.standin import Sizes, candidates, full_width
 from fxopt.rewrite.trials import Trial, trials
@@ -93,11 +90,7 @@ class Verifier:
             return Verdict("unchecked", found)
         target = replace(self.target, device=_device(pair))
         chosen = _choose(pair, target)
-        identity, on_disk = _identity(type(fusion))
-        options = [(f.name, getattr(fusion, f.name)) for f in fields(fusion)]
-        how = [(op.name, op.opaque) for op in chosen.values()]
-        setting = (identity, options, self.level, self.seed, how, self.target.training, _machine(target))
-        signature = structure(pair, setting)
+        signature, on_disk = verdicts.signature(pair, fusion, chosen.values(), target, (self.level, self.seed))
         known = verdicts.lookup(signature, disk=on_disk)
         if known is None:
             with isolated(target.device):
@@ -384,26 +377,3 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-@lru_cache(maxsize=256)
-def _identity(kind: type[Fusion]) -> tuple[str, bool]:
-    """A fusion class by name and source, and whether that identifies it to other processes."""
-    import inspect
-
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    try:
-        path = Path(inspect.getsourcefile(kind) or "")
-        return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}", kind.__module__ != "__main__"
-    except (OSError, TypeError):  # typed into a console or notebook
-        return f"{name} {id(kind)}", False
-
-
-@lru_cache(maxsize=16)
-def _machine(target: Target) -> str:
-    """What runs the kernels, and what compared them."""
-    own = hashlib.sha256()
-    for name in sorted(Path(__file__).parent.glob("*.py")):
-        own.update(name.read_bytes())
-    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else target.device.type
-    return f"{torch.__version__} {device} {target.compiled} {own.hexdigest()}"

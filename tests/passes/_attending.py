@@ -65,7 +65,6 @@ class Fuser:
 @pytest.fixture
 def fuser(tmp_path, monkeypatch):
     monkeypatch.setenv(cachedir.VARIABLE, str(tmp_path))  # verdicts are taken here, not looked up
-    monkeypatch.setattr(cachedir, "_checked", {})
     verdicts.clear()
     return Fuser()
 

@@ -21,7 +21,6 @@ EQUAL = Verdict("equal", "3 trials", 0.5)
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv(cachedir.VARIABLE, str(folder))
-    monkeypatch.setattr(cachedir, "_checked", {})
     monkeypatch.setattr(cachedir, "_warned", set())
     verdicts.clear()
     yield folder
@@ -105,7 +104,7 @@ def test_a_directory_that_others_can_write_to_is_refused_with_one_warning(cache,
 
 def test_a_directory_of_another_user_is_refused(cache, monkeypatch):
     cache.mkdir(mode=0o700)
-    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
     with pytest.warns(RuntimeWarning, match="belongs to user"):
         assert cachedir.cachedir() is None
 

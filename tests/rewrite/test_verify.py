@@ -26,7 +26,6 @@ verify, site = sites.verify, sites.site
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv(cachedir.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(cachedir, "_checked", {})
     verdicts.clear()
     yield tmp_path / "cache"
     verdicts.clear()
