@@ -44,10 +44,11 @@ def _missing_for(device_type: str) -> str | None:
 
 def uses_cuda_graphs(options: Options) -> bool:
     """Whether Inductor will replay the graph as a CUDA graph in this mode, where it can."""
-    return bool(_patches(options).get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+    return bool(patches(options).get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
 
 
-def _patches(options: Options) -> dict[str, Any]:
+def patches(options: Options) -> dict[str, Any]:
+    """Inductor's configuration for the mode and the options that the user named."""
     from torch._inductor import list_mode_options
 
     return dict(list_mode_options(options.mode)) | dict(options.inductor)
@@ -57,18 +58,19 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], options: O
     """Compile with Inductor in the mode that `options` names; what it returns takes and gives flat arguments."""
     from torch._inductor.compile_fx import compile_fx
 
-    run: Any = compile_fx(module, list(example_inputs), config_patches=_patches(options))
+    run: Any = compile_fx(module, list(example_inputs), config_patches=patches(options))
     return run
 
 
 def run_eagerly(module: GraphModule, reason: str) -> Callable[..., Any]:
     """The graph run op by op, with a warning that says why (once a reason)."""
-    _warn_once(reason)
+    warn_once(reason)
     return module.forward
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
+    """Say that there will be no Inductor, once a reason."""
     message = f"fxopt runs its graphs op by op, without Inductor: {reason}"
     log.warning(message)
     warnings.warn(message, RuntimeWarning, stacklevel=4)

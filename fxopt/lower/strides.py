@@ -29,6 +29,11 @@ def restore_strides(graph: Graph, old: Node, new: Node) -> Node:
         return new
     if not _strides_matter(old):
         return new
+    return with_strides(graph, new, wanted)
+
+
+def with_strides(graph: Graph, new: Node, wanted: Tensor) -> Node:
+    """A copy of `new` with the strides of `wanted`, which must be those of a permuted contiguous tensor."""
     order = sorted(range(wanted.dim()), key=lambda d: (-hint(wanted.stride(d)), d))
     back = [order.index(d) for d in range(wanted.dim())]
     with graph.inserting_before(new.next):

@@ -32,11 +32,16 @@ class Site:
     passed_over: tuple[tuple[str, str], ...] = ()
 
 
+#: where a graph was taken up: Dynamo's own, retraced, or AOTAutograd's
+PRE_DISPATCH, AFTER_AOT = "pre-dispatch", "after AOTAutograd"
+
+
 @dataclass
 class GraphReport:
     """One graph that Dynamo captured: before, steps, near misses, after.
 
     normalized: False if the graph went to the lowering stage untouched; `reason` then says why
+    entry: "pre-dispatch", or "after AOTAutograd" where the first one turned the graph away for `turned_away`
     seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
     generated: name -> source of code generated for this graph
     """
@@ -46,6 +51,8 @@ class GraphReport:
     after: str = field(default="", repr=False)
     normalized: bool = False
     reason: str | None = None
+    entry: str = PRE_DISPATCH
+    turned_away: str | None = None
     nodes: int = 0
     steps: list[Step] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
