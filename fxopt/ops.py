@@ -191,7 +191,8 @@ class FusedOp:
         return result.contiguous() if self.contiguous else result
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
-        """Gradients of the reference, recomputed from the saved inputs."""
+        """Gradients of the reference, recomputed from the saved inputs; differentiable where they are asked to be."""
+        again = torch.is_grad_enabled()  # create_graph=True
         args = ctx.fxopt_args(ctx.saved_tensors)
         wanted = [
             i for i, a in enumerate(args) if isinstance(a, Tensor) and ctx.needs_input_grad[i] and a.is_floating_point()
@@ -199,12 +200,17 @@ class FusedOp:
         with torch.enable_grad():
             fresh = list(args)
             for i in wanted:
-                fresh[i] = args[i].detach().requires_grad_()
+                # An alias: what one argument owes to another is not the op's to differentiate.
+                fresh[i] = args[i].view_as(args[i]) if again else args[i].detach().requires_grad_()
             out = self.reference(*fresh)
             outs = out if isinstance(out, (tuple, list)) else (out,)
             pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
             found = torch.autograd.grad(
-                [o for o, _ in pairs], [fresh[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+                [o for o, _ in pairs],
+                [fresh[i] for i in wanted],
+                [g for _, g in pairs],
+                allow_unused=True,
+                create_graph=again,
             )
         result: list[Tensor | None] = [None] * len(args)
         for i, grad in zip(wanted, found, strict=True):

@@ -8,6 +8,11 @@ cores.
 Rows with no live key (every score -inf) come in two kinds: a spelled-out softmax gives NaN there,
 F.scaled_dot_product_attention gives 0. `empty_rows` says which. A row that is masked with a finite number, as
 torch.finfo(dtype).min, has live keys: plain arithmetic makes its weights uniform.
+
+Gradients tell apart how such a row was masked: a number that was added passes them on to q and k, one that was filled
+in does not. A fill is the third kind of empty row, "uniform". For an added number the flash kernels won't do: their
+backward takes weights as exp(score - logsumexp), and the logarithm of N is lost beside finfo.min, so every weight is 1
+instead of 1 / N. Such a mask is differentiated spelled out.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ def attention(
 
     `mask` broadcasts to [B, Hq, M, N]: bool (True attends) or a float that is added to the scaled scores. `is_causal`
     further restricts row i to the keys j <= i. Returns [B, Hq, M, Dv] in v's dtype, computed in at least float32.
-    `empty_rows` ("nan" or "zero") is the result of rows in which every score is -inf.
+    `empty_rows` is the result of rows in which every score is -inf: "nan" or "zero". With "uniform" a boolean mask
+    fills in a huge finite number in place of -inf, so rows that it masks throughout are averages.
     """
     dtypes = (q.dtype, k.dtype, v.dtype, None if mask is None else mask.dtype)
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -49,7 +55,8 @@ def attention(
     grouped = _group_rows(q.to(compute), kv_heads)
     scores = (grouped @ k.to(compute).transpose(-1, -2)).reshape(q.shape[0], heads, rows, keys) * scale
     if mask is not None:
-        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(compute)
+        filling = ABSORBING if empty_rows == "uniform" else -torch.inf
+        scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask.to(compute)
     if is_causal:
         scores = torch.where(_causal(rows, keys, q.device), scores, -torch.inf)
     weights = torch.softmax(scores, -1)
@@ -83,6 +90,9 @@ def _causal(rows: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(rows, device=device)[:, None] >= torch.arange(keys, device=device)[None, :]
 
 
+# Float32 adds no score of float16 operands to a number of this size.
+ABSORBING = -1e25
+
 # From so many keys on, decoding is worth a kernel of its own.
 DECODE_KEYS = 1024
 MAX_WIDTH = 256
@@ -90,6 +100,8 @@ MAX_WIDTH = 256
 
 def _triton_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
     """The one place that says where the Triton kernels are preferred to SDPA: for few rows over many keys."""
+    if "uniform" in rest:
+        return "the Triton kernel leaves empty rows NaN or 0"
     if not target.compiled:
         return "op by op, SDPA's launch costs the host less"
     if not target.cuda_graphs:
@@ -112,10 +124,33 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
 
 
 def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
-    scale = rest[0]
+    scale, _, empty_rows = rest
     if not known_true(scale > 0):  # type: ignore[operator]
         return "SDPA's flash kernels take the maximum before scaling, which needs a positive scale"
+    if target.training and _adds(mask) and empty_rows != "zero":
+        return "flash kernels give rows that are masked by a finite number other gradients"
     return None
+
+
+def _adds(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype != torch.bool
+
+
+def _as_given_objection(
+    target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
+) -> str | None:
+    _, is_causal, empty_rows = rest
+    if not (target.training and _adds(mask) and empty_rows == "zero") or is_causal:
+        return "it is for gradients of SDPA calls with a float mask: those of the kernel that eager mode runs"
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        return "SDPA takes operands of one dtype"
+    return None
+
+
+@attention.implementation("sdpa_as_given", when=_as_given_objection)
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, empty_rows: str) -> Tensor:
+    gqa = not known_equal(q.shape[1], k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
 
 
 @attention.implementation("sdpa", when=_sdpa_objection)
@@ -124,6 +159,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (t if t.dtype == common else t.to(common) for t in (q, k, v))
     if mask is not None:
+        if empty_rows == "uniform" and mask.dtype == torch.bool:
+            q, mask = _settle_filled_rows(q, mask, _causal(rows, keys, q.device) if is_causal else None)
+            is_causal, empty_rows = False, "zero"  # there are none left
         if q.dtype == torch.float16 and mask.dtype in (torch.float32, torch.bfloat16):
             q, mask = _settle_dead_rows(q, mask)
         mask = _sdpa_mask(mask, _causal(rows, keys, q.device) if is_causal else None, q, empty_rows)
@@ -148,8 +186,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     return out if out.dtype == dtype else out.to(dtype)
 
 
-# Float32 adds no score of float16 operands to a number of this size.
-ABSORBING = -1e25
+def _settle_filled_rows(q: Tensor, mask: Tensor, causal: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows that `mask` fills throughout as rows of equal scores; their gradients reach v only, as through a fill."""
+    kept = mask if causal is None else mask & causal
+    empty = ~kept.any(-1, keepdim=True)
+    filled = empty if causal is None else empty & causal
+    return torch.where(empty, 0.0, q), kept | filled
 
 
 def _settle_dead_rows(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +199,29 @@ def _settle_dead_rows(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     highest = mask.amax(-1, keepdim=True)
     dead = (highest <= ABSORBING) & (highest > -torch.inf) & (mask == highest).all(-1, keepdim=True)
     return torch.where(dead, 0.0, q), torch.where(dead, 0.0, mask)
+
+
+def _decomposed_objection(target: Target, *args: object) -> str | None:
+    return None if target.training else "SDPA never stores the scores"
+
+
+@attention.implementation("decomposed", when=_decomposed_objection)
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, empty_rows: str) -> Tensor:
+    """Spelled out as models do it: scores in their operands' dtype, the softmax in at least float32."""
+    batch, heads, rows, kv_heads = q.shape[0], q.shape[1], q.shape[2], k.shape[1]
+    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    q, k, values = (t.to(common) for t in (q, k, v))
+    scores = (_group_rows(q, kv_heads) @ k.transpose(-1, -2)).reshape(batch, heads, rows, k.shape[2]) * scale
+    if mask is not None:
+        filling = torch.finfo(scores.dtype).min if empty_rows == "uniform" else -torch.inf
+        scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask
+    if is_causal:
+        scores = torch.where(_causal(rows, k.shape[2], q.device), scores, -torch.inf)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if empty_rows == "zero":
+        weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
+    result = _group_rows(weights.to(common), kv_heads) @ values
+    return result.reshape(batch, heads, rows, v.shape[3]).to(v.dtype)
 
 
 def _sdpa_mask(mask: Tensor, causal: Tensor | None, q: Tensor, empty_rows: str) -> Tensor:

@@ -190,7 +190,12 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
     return y.reshape(*x.shape[:-1], n)
 
 
-@int8_matmul.implementation("decomposed")
+def _scales_last(target: Target, *args: object) -> str | None:
+    """Why the scale should not be applied to the product, or None."""
+    return "the scale's gradient would need the unscaled product to be kept" if target.training else None
+
+
+@int8_matmul.implementation("decomposed", when=_scales_last)
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float16:  # unscaled sums of int8 products overflow it
         return int8_matmul.reference(x, weight, scale, bias)

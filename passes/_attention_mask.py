@@ -6,7 +6,8 @@
     max(s + a, f)   mask max(a, f), where f absorbs any score
     where(p, s, f)  mask where(p, 0, f): f absorbs any score that is added to it, so rows without a live key stay
                   uniform. A finite f that would not (as -1e4, or finfo(float16).min) is made more negative, which
-                  changes no weight unless something is added afterwards.
+                  changes no weight unless something is added afterwards. Where gradients flow it becomes the boolean
+                  mask p with "uniform" empty rows.
 
 Causality is never guessed: only a mask that reads no input is evaluated, and it must be exactly the lower triangle.
 """
@@ -57,6 +58,7 @@ class Plan:
     mask: tuple[Placed, ...]
     is_causal: bool
     covered: frozenset[Node] = frozenset()  # what took its shape from the scores
+    uniform: bool = False  # the mask is boolean and stands for filling in a huge finite number, not -inf
 
 
 def plan(
@@ -108,7 +110,32 @@ def plan(
     triangles = [] if scaled else [s for s in steps if _is_triangle(s, sizes, alone=alone)]
     if triangles:
         steps = [s for s in steps if s is not triangles[0]]
-    return Plan(scale, tuple(factors), tuple(steps), bool(triangles), frozenset(covered))
+    uniform = False
+    if torch.is_grad_enabled():
+        differentiable = _differentiable(steps)
+        if isinstance(differentiable, Miss):
+            return differentiable
+        uniform, steps = differentiable
+    return Plan(scale, tuple(factors), tuple(steps), bool(triangles), frozenset(covered), uniform)
+
+
+def _differentiable(steps: list[Placed]) -> tuple[bool, list[Placed]] | Miss:
+    """The steps as a mask whose gradients are the model's own, and whether it is "uniform"; or why there is none.
+
+    Rows masked throughout by finite numbers pass gradients on to q and k where those were added, not where they were
+    filled in. One additive mask can't say that of some of its positions.
+    """
+    for step in steps:
+        if isinstance(step.instruction, Floor):
+            return Miss(f"scores raised to {step.instruction.value} pass no gradients on, masked ones do", step.tensor)
+    masks = [s.instruction for s in steps if s.tensor is not None]
+    finite = {i.value for i in masks if isinstance(i, Fill) and i.value > -math.inf}
+    if not finite:
+        return False, steps
+    if len(finite) > 1 or not all(isinstance(i, Fill) and i.value in finite for i in masks):
+        return Miss("scores are filled in and masked in another way too: two kinds of gradients", tensor_of(masks[0]))
+    fills = [(s, s.instruction) for s in steps if isinstance(s.instruction, Fill)]
+    return True, [replace(s, instruction=replace(fill, value=-math.inf)) for s, fill in fills]
 
 
 def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) -> Node | None:

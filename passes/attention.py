@@ -76,7 +76,7 @@ class FuseAttention(Fusion):
             "form": "sdpa" if node.target is SDPA else "spelled out",
             "mask": len(tensors),
             "causal": arranged.is_causal,
-            "empty_rows": roles.empty_rows,
+            "empty_rows": "uniform" if arranged.uniform else roles.empty_rows,
             "grouped": not known_equal(roles.k.heads, roles.sizes[1]),
         }
         return AttentionMatch(
@@ -92,7 +92,7 @@ class FuseAttention(Fusion):
         for factor in arranged.factors:
             q = multiply(match, q, factor)
         mask = make_mask(match, arranged.mask, sources)
-        result = match.call(attention, q, k, v, mask, arranged.scale, arranged.is_causal, roles.empty_rows)
+        result = match.call(attention, q, k, v, mask, arranged.scale, arranged.is_causal, match.tags["empty_rows"])
         shape = val(roles.output).shape
         if not same_shape(val(result).shape, shape):
             result = emit(match, result, [("reshape", tuple(shape))], [result, *sources])
@@ -113,7 +113,7 @@ class FuseAttention(Fusion):
                 yield {"mask": ~kept}
             elif mask.is_floating_point():
                 for fill in (-torch.inf, torch.finfo(mask.dtype).min):
-                    yield {"mask": torch.where(kept, 0.0, fill).to(mask.dtype)}
+                    yield {"mask": torch.zeros(kept.shape, dtype=mask.dtype).masked_fill(~kept, fill)}
 
     def examples(self) -> Iterable[Example]:
         """One program for each family of forms, and one that must be refused."""

@@ -77,7 +77,7 @@ class RaiseSoftmax(Fusion):
         value = match.val("x")
         shape = tuple(n if isinstance(n, int) else 7 for n in value.shape)
         for fill in (torch.finfo(value.dtype).min, 1e4):
-            yield {"x": torch.full(shape, fill).to(value.dtype)}
+            yield {"x": torch.full(shape, fill, dtype=value.dtype)}
 
     def examples(self) -> Iterable[Example]:
         """The stable spelling, and the two that look like it."""

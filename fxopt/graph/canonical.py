@@ -45,11 +45,14 @@ def canonicalise(module: GraphModule) -> int:
     dropped = _inactive_dropout(graph)
     written = _written_storages(graph)
     returned = set(graph.output_node().all_input_nodes)
+    differentiated = _may_be_differentiated(graph)
     changed = dropped + _scalar_constants(module)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         same = _identity(node, written)
+        if node.target is aten.detach.default and not differentiated:
+            same = node.args[0]
         if same is not None and node not in returned:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -89,6 +92,11 @@ def _inactive_dropout(graph: Graph) -> int:
                 graph.erase_node(node)
                 changed += 1
     return changed
+
+
+def _may_be_differentiated(graph: Graph) -> bool:
+    """Whether gradients can flow anywhere in the graph: where they can, `detach` is no alias."""
+    return torch.is_grad_enabled() or any(n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes)
 
 
 def _written_storages(graph: Graph) -> frozenset[int]:

@@ -41,14 +41,13 @@ Layout = tuple[Group, ...]
 
 _EXPANDS = frozenset({aten.expand.default, aten.expand_as.default, aten.broadcast_to.default})
 _REPEATS = frozenset({aten.repeat.default, aten.repeat_interleave.self_int})
-_COPIES = COPIES | {aten.detach.default}
 
 
 def is_layout(node: Any) -> bool:
     """Whether `node` only rearranges its first argument (reshape, permute, expand, repeat, copy)."""
     if not isinstance(node, Node) or node.op != "call_function" or not isinstance(val(node), Tensor):
         return False
-    known = node.target in _EXPANDS or node.target in _REPEATS or node.target in _COPIES
+    known = node.target in _EXPANDS or node.target in _REPEATS or node.target in COPIES
     return known or is_reshape(node) or permutation(node) is not None
 
 
@@ -60,7 +59,7 @@ def identity(shape: Iterable[Dim]) -> Layout:
 def through(node: Node, layout: Layout) -> Layout | None:
     """The layout after `node` (a layout op or cast), given that of its first argument; None where it isn't known."""
     value = val(node)
-    if node.target in _COPIES or is_cast(node):
+    if node.target in COPIES or is_cast(node):
         return layout
     order = permutation(node)
     if order is not None:
