@@ -242,6 +242,8 @@ def table(report: Report) -> RenderableType:
                 [(s.fusion, verdict(s.verdict), short_source(next(iter(s.sources), None), code=False)) for s in steps],
             )
         )
+    if graphs := [graph for graph in report.graphs if graph.normalized and graph.turned_away]:
+        parts.append(_text("\n" + "\n".join(f"{g.name} was {taken_up(g)}" for g in graphs)))
     if graphs := [graph for graph in report.graphs if not graph.normalized]:
         parts.append(
             _table(
@@ -264,6 +266,11 @@ def table(report: Report) -> RenderableType:
     if stages := stage_seconds(report):
         parts.append(_text("\nTime: " + ", ".join(f"{stage} {duration(s)}" for stage, s in stages.items())))
     return Group(*parts)
+
+
+def taken_up(graph: GraphReport) -> str:
+    """Where a graph was rewritten that could not be at the usual place, and why it couldn't."""
+    return f"rewritten {graph.entry} (turned away by the first entry: {graph.turned_away})"
 
 
 def stage_seconds(report: Report) -> dict[str, float]:
@@ -327,6 +334,8 @@ def _graph(graph: GraphReport) -> list[str]:
     lines += [f"  note: {note}" for note in graph.notes]
     if len(lines) == 1:
         lines.append("  nothing to fuse: no fusion matched here, and none nearly did")
+    if graph.turned_away:
+        lines.insert(1, f"  {taken_up(graph)}")
     return lines
 
 
