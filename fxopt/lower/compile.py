@@ -76,6 +76,8 @@ def warn_once(reason: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def gradients_flow(example_inputs: Sequence[Any]) -> bool:
-    """Whether the graph will be differentiated: grad mode is on and an input asks for gradients."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+def gradients_flow(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph may be differentiated: an input asks for gradients and grad mode is on, around it or inside."""
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        return False
+    return torch.is_grad_enabled() or any(n.target is torch._C._set_grad_enabled and n.args[0] for n in module.graph.nodes)

@@ -314,6 +314,7 @@ def test_gradients_that_are_switched_on_inside(outer):
             return torch.autograd.grad(y, x)[0]
 
     x, s = torch.randn(2, 32).bfloat16().requires_grad_(), torch.rand(16, 1).bfloat16()
-    with outer():
+    with outer(), fxopt.record() as rec:
         ours = torch.compile(program, backend="fxopt")(x, s)
         torch.testing.assert_close(ours, program(x, s), rtol=2e-2, atol=2e-1)
+    assert rec.counts() == {"dequant_matmul": 1}
