@@ -87,9 +87,9 @@ class AfterAOT(CustomGraphPass):
             )
 
 
-def serves(example_inputs: Sequence[Any]) -> bool:
-    """Whether the graph of these inputs is one for this entry: nothing will be differentiated, by anybody."""
-    return not gradients_flow(example_inputs) and torch._C._functorch.peek_interpreter_stack() is None
+def serves(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether Dynamo's graph with these inputs is one for this entry: nothing will be differentiated, by anybody."""
+    return not gradients_flow(module, example_inputs) and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def compile_after_aot(
