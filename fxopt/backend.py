@@ -20,10 +20,21 @@ import torch
 import torch._dynamo
 from torch.fx import GraphModule
 
+from fxopt.graph import autocast
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.gate import refusal
-from fxopt.graph.retrace import RetraceError, retrace
-from fxopt.lower.compile import compile_graph, gradients_flow, missing_compiler, run_eagerly, uses_cuda_graphs
+from fxopt.graph.normalise import normal_forms
+from fxopt.graph.retrace import RetraceError
+from fxopt.lower.after_aot import compile_after_aot, run_after_aot, serves
+from fxopt.lower.compile import (
+    compile_graph,
+    gradients_flow,
+    missing_compiler,
+    run_eagerly,
+    uses_cuda_graphs,
+    warn_once,
+)
+from fxopt.lower.identity import pass_identity
 from fxopt.lower.implementations import Choice, place_implementations
 from fxopt.ops import ANYWHERE, Target
 from fxopt.options import Options
@@ -32,8 +43,9 @@ from fxopt.rewrite.driver import run_fusions
 from fxopt.rewrite.fusion import Fusion, Precision, Verdict
 from fxopt.rewrite.plugins import fusions
 from fxopt.rewrite.verify import Verifier
+from fxopt.view.recall import keep, recall
 from fxopt.view.record import publish, recording
-from fxopt.view.report import GraphReport, Site
+from fxopt.view.report import AFTER_AOT, GraphReport, Site
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +76,9 @@ def fxopt(
         # Nothing of the user's is lost: the graph that Dynamo made is still there, untouched.
         report.reason = f"{type(error).__name__}: {error}"
         report.normalized, report.sites, run = False, [], None
-        log.warning("fxopt compiles %s as Dynamo made it: %s", report.name, report.reason, exc_info=True)
+        # Some errors Dynamo answers with a graph break (a size that depends on data): its own graph raises them too.
+        level = logging.INFO if isinstance(error, torch._dynamo.exc.exceptions_allowed_to_be_fallback) else logging.WARNING
+        log.log(level, "fxopt compiles %s as Dynamo made it: %s", report.name, report.reason, exc_info=True)
     if run is None:
         run = _compile(module, example_inputs, chosen, report)
     publish(report)
@@ -87,58 +101,106 @@ def _rewritten(
     report: GraphReport,
 ) -> Callable[..., Any] | None:
     """The graph with its fusions applied, compiled; None where it is turned away or nothing fused."""
-    normal = _normalise(module, example_inputs, report)
-    if normal is None:
-        return None
     compiled = missing_compiler(example_inputs) is None
     target = replace(
         ANYWHERE,
-        training=gradients_flow(example_inputs),
+        training=gradients_flow(module, example_inputs),
         compiled=compiled,
         opaque=options.tune != "off",
         cuda_graphs=compiled and uses_cuda_graphs(options),
     )
     verifier = Verifier(options.verify, target=target)
-    if not _fuse(normal, _selected(known, options), verifier, report):
-        return None
-    _place(normal, target, report)
-    return _compile(normal, example_inputs, options, report)
+    selected = _selected(known, options)
+    parts = _normalise(module, example_inputs, report)
+    if not parts:
+        return _after_aot(module, example_inputs, selected, options, verifier, report)
+    with autocast.off() as run_without:  # the normal form holds its casts
+        if not sum([_fuse(part, selected, verifier, report) for part in parts]):
+            return None
+        _place(parts, target, report)
+        return run_without(_compile(parts[0], example_inputs, options, report))
 
 
-def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> GraphModule | None:
+def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> list[GraphModule]:
+    """The normal form of the graph, then those of the graphs inside it; empty where it is turned away."""
     report.reason = refusal(module, example_inputs)
     if report.reason is not None:
-        return None
+        return []
     try:
         with _timed(report, "retrace"):
-            normal = retrace(module, example_inputs)
+            parts = normal_forms(module, example_inputs)
     except RetraceError as error:
         report.reason = str(error)
-        return None
+        return []
     with _timed(report, "canonicalise"):
-        canonicalise(normal)
+        for part in parts:
+            canonicalise(part)
     report.normalized = True
     if recording():
-        report.before = _text(normal)
-    return normal
+        report.before = _text(parts)
+    return parts
 
 
-def _fuse(normal: GraphModule, selected: Sequence[Fusion], verifier: Verifier, report: GraphReport) -> int:
-    """Apply the fusions to the normal form, in place; the number of applications that stand."""
-    outcome = run_fusions(normal, selected, verifier)
-    report.steps, report.misses = outcome.steps, outcome.misses
-    report.seconds |= outcome.seconds
+def _after_aot(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    selected: Sequence[Fusion],
+    options: Options,
+    verifier: Verifier,
+    report: GraphReport,
+) -> Callable[..., Any] | None:
+    """The second entry: the graph is rewritten between AOTAutograd and Inductor. None where it has a backward."""
+    if not serves(module, example_inputs):
+        return None
+
+    def rewrite(normal: GraphModule) -> bool:
+        with _timed(report, "canonicalise"):
+            canonicalise(normal)
+        if recording():
+            report.before += _text([normal])
+        with autocast.off():  # AOTAutograd has made casts of it
+            if not _fuse(normal, selected, verifier, report):
+                return False
+            _place([normal], verifier.target, report)
+        return True
+
+    reason = missing_compiler(example_inputs)
+    with _timed(report, "lower"):
+        if reason is not None:
+            report.lowering = f"eager: {reason}"
+            warn_once(reason)
+            run, _ = run_after_aot(module, example_inputs, rewrite)
+        else:
+            identity = pass_identity(selected, (options.verify, verifier.target))
+            key = f"{identity} {options!r} {_text([module])}"
+            run, graphs = compile_after_aot(module, example_inputs, options, rewrite, identity)
+            if graphs:
+                keep(report, key)
+            elif not recall(report, key):
+                report.notes.append("the compiled code came from a cache, and what was fused in it is not known here")
+    report.entry, report.turned_away, report.reason = AFTER_AOT, report.reason, None
+    report.normalized = True
+    return run
+
+
+def _fuse(part: GraphModule, selected: Sequence[Fusion], verifier: Verifier, report: GraphReport) -> int:
+    """Apply the fusions to a normal form, in place; the number of applications that stand."""
+    outcome = run_fusions(part, selected, verifier)
+    report.steps += outcome.steps
+    report.misses += outcome.misses
+    for stage, seconds in outcome.seconds.items():
+        report.seconds[stage] = report.seconds.get(stage, 0.0) + seconds
     return outcome.fused
 
 
-def _place(fused: GraphModule, target: Target, report: GraphReport) -> None:
+def _place(parts: Sequence[GraphModule], target: Target, report: GraphReport) -> None:
     """Settle how each fused op is computed, in place, and say so in the report."""
     if recording():
-        report.after = _text(fused)
+        report.after += _text(parts)
     with _timed(report, "place"):
-        choices = place_implementations(fused, target)
-    report.sites = [_site(choice) for choice in choices]
-    report.generated = {f"{choice.op}, {choice.implementation}": choice.code for choice in choices}
+        choices = [choice for part in parts for choice in place_implementations(part, target)]
+    report.sites += [_site(choice) for choice in choices]
+    report.generated |= {f"{choice.op}, {choice.implementation}": choice.code for choice in choices}
 
 
 def _compile(
@@ -177,8 +239,8 @@ def _site(choice: Choice) -> Site:
     )
 
 
-def _text(module: GraphModule) -> str:
-    return module.print_readable(print_output=False)
+def _text(parts: Sequence[GraphModule]) -> str:
+    return "\n".join(part.print_readable(print_output=False) for part in parts)
 
 
 @contextlib.contextmanager

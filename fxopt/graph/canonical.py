@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from fxopt.graph.casts import casts_first
 from fxopt.graph.query import (
     arguments,
     is_mutable,
@@ -61,6 +62,7 @@ def canonicalise(module: GraphModule) -> int:
             # `view` insists on strides that a fused op upstream may not reproduce; `reshape` takes what it gets.
             node.target = aten.reshape.default
             changed += 1
+    changed += casts_first(graph, written)
     changed += _functionalise(graph)
     changed += _erase_unused(graph)
     module.recompile()

@@ -1,8 +1,7 @@
 """The soundness gate: which of Dynamo's graphs may be retraced at all.
 
-A second capture is silently wrong for some programs: a custom backward is dropped, autocast's casts vanish, a vmap
-region's tensors are burned in as constants. So the graph is walked first, and what can't be retraced is turned away
-with its reason; it then goes to the lowering stage untouched.
+A second capture is silently wrong for some programs: a custom backward is dropped, a functorch transform's tensors are
+burned in as constants. So the graph is walked first, and what can't be retraced is turned away with its reason.
 """
 
 from __future__ import annotations
@@ -15,7 +14,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
+from fxopt.graph.higher_order import is_opaque
+
+#: what Dynamo makes of torch.vmap; graph/vmap.py takes it out of the graph
+VMAP_CALLS = (
+    "lazy_load_decompositions",
+    "_vmap_increment_nesting",
+    "_add_batch_dim",
+    "_remove_batch_dim",
+    "_vmap_decrement_nesting",
+)
+
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.FakeTensor)
 
 
@@ -27,19 +36,9 @@ def refusal(module: GraphModule, example_inputs: Sequence[Any]) -> str | None:
 
 
 def _ambient() -> str | None:
-    for device in _AUTOCAST_DEVICES:
-        if _autocast_enabled(device):
-            return f"autocast is on for {device}: its casts would be invisible to the retrace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform: its tensors would be burned in as constants"
     return None
-
-
-def _autocast_enabled(device: str) -> bool:
-    try:
-        return torch.is_autocast_enabled(device)
-    except RuntimeError:  # a device type that this build doesn't know
-        return False
 
 
 def _inputs(example_inputs: Sequence[Any]) -> str | None:
@@ -75,12 +74,12 @@ def _node(node: Node) -> str | None:
     if node.op == "call_method":
         return None
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, torch._ops.HigherOrderOperator) and not is_opaque(target):
         return f"higher-order op {target._name}"
     name = getattr(target, "__name__", "")
     home = getattr(target, "__module__", "") or ""
-    if name in ("_enter_autocast", "_exit_autocast"):
-        return "autocast inside the graph: the retrace would lose its casts"
+    if name in VMAP_CALLS:
+        return None
     if home.startswith(("torch._functorch", "torch._C._functorch")) or "functorch" in home:
         return f"a torch.func transform ({name})"
     if isinstance(target, type) and issubclass(target, torch.autograd.Function):

@@ -202,6 +202,8 @@ def written_arguments(node: Node) -> list[Node]:
 
 
 def _hidden_writes(node: Node) -> list[Node]:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # what its graphs write to is not looked into
+        return [n for n in node.all_input_nodes if any(isinstance(leaf, Tensor) for leaf in tree_leaves(val(n)))]
     if node.target not in _HIDDEN_WRITES:
         return []
     flag, names = _HIDDEN_WRITES[node.target]

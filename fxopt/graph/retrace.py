@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves
 
+from fxopt.graph import autocast
+from fxopt.graph.higher_order import BODY_UNDER, is_opaque, record
 from fxopt.graph.query import written_arguments
 from fxopt.graph.symbols import same_shape
 
@@ -32,51 +35,118 @@ class RetraceError(Exception):
 
 
 def retrace(module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
-    """The normal form of Dynamo's graph `module`. Raises RetraceError where it would not be the same program."""
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    mode = _fake_mode(placeholders)
-    fakes = [_fake(p, x, mode) for p, x in zip(placeholders, example_inputs, strict=True)]
-    versions = [_version(f) for f in fakes]
-    results: list[Any] = []
+    """The normal form of Dynamo's graph `module`. Raises RetraceError where it would not be the same program.
 
-    def program(*inputs: Any) -> Any:
-        out = _Retracer(module).run(*inputs)
-        results[:] = [out]
-        return out
-
+    Autocast is made explicit: the normal form computes the same with autocast off, and must run so.
+    """
+    mode, fakes = fake_inputs(module, example_inputs)
     try:
-        with preserve_node_meta(), mode, _quiet_unbacked(mode):
-            traced = make_fx(
-                program, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
-            )(*fakes)
+        with autocast.under(autocast.state()):  # restored, should the trace end inside an autocast region
+            traced = _trace(module, fakes, mode)
+        for _ in range(autocast.MOST_PASSES):
+            if not autocast.is_marked(traced.module):
+                break
+            with autocast.under(()):
+                traced = _trace(traced.module, fakes, mode)
+        else:
+            raise RetraceError("autocast casts inside of ops that don't come apart")
     except Exception as error:
         raise RetraceError(
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         ) from error
     finally:
-        _unwind_functorch()
+        unwind_functorch()
 
-    _carry_metadata(module, placeholders, traced)
-    written = {i for i, (f, v) in enumerate(zip(fakes, versions, strict=True)) if _version(f) != v}
-    difference = _burned_in(traced) or _difference(module, placeholders, traced, fakes, results[0], written)
+    placeholders = _placeholders(module)
+    _carry_metadata(module, placeholders, traced.module)
+    difference = burned_in(traced.module) or _difference(module, placeholders, traced)
     if difference is not None:
         raise RetraceError(difference)
-    return traced
+    return traced.module
+
+
+@dataclass
+class _Traced:
+    """What one trace gave."""
+
+    module: GraphModule
+    inputs: list[Any]  # fakes
+    result: Any
+    written: set[int]  # inputs whose fakes were written to
+
+
+def _trace(module: GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> _Traced:
+    results: list[Any] = []
+    inputs = [_copy(f) for f in fakes]
+    versions = [_version(f) for f in inputs]
+    retracer = _Retracer(module, mode)
+
+    def program(*inputs: Any) -> Any:
+        out = retracer.run(*inputs)
+        results[:] = [out]
+        return out
+
+    with preserve_node_meta(), mode, quiet_unbacked(mode), _unseen_by_hooks():
+        traced = make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(
+            *inputs
+        )
+    written = {i for i, (f, v) in enumerate(zip(inputs, versions, strict=True)) if _version(f) != v}
+    return _Traced(traced, inputs, results[0], written)
+
+
+def _unseen_by_hooks() -> Any:
+    """What the trace saves for a backward that nobody runs is not for the user's hooks (checkpointing counts it)."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def _copy(fake: Any) -> Any:
+    """The same input for another trace, without the autograd history that writing to it in a trace gives it."""
+    if not isinstance(fake, Tensor) or not fake.is_leaf:  # a leaf in its place could not be written to
+        return fake
+    return fake.detach().requires_grad_(fake.requires_grad)
 
 
 class _Retracer(Interpreter):
-    """Runs Dynamo's graph; reads `x.data` as `x.detach()`, which a trace can see.
+    """Runs a graph in a trace: Dynamo's, or one of an earlier trace whose casts are not explicit yet."""
 
-    Without gradients the two are the same. With them they are not: there `.data` stays, and the trace is discarded.
-    """
+    def __init__(self, module: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.explicit = autocast.Explicit(module)
+
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        with autocast.marking():
+            return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_opaque(target):
+            on = self.node.meta.get(BODY_UNDER) or self.node.meta.get(autocast.UNDER) or autocast.state()
+            return record(self.node, args, kwargs, self.mode, on)
         if target is _GET_DATA and not torch.is_grad_enabled():
+            # Without gradients `x.data` is `x.detach()`, which a trace can see. With them the trace is discarded.
             return args[0].detach()
+        if target is torch.amp.autocast_mode._enter_autocast:
+            return autocast.enter(*args)
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return autocast.leave(*args)
+        if isinstance(target, torch._ops.OpOverload):
+            return self.explicit.call(self.node, target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
 
 _GET_DATA = getattr(torch._C._autograd, "_get_data_attr", object())
+
+
+def fake_inputs(module: GraphModule, example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """The fake mode that `module` is to be traced in, and its inputs as fakes of that mode."""
+    placeholders = _placeholders(module)
+    mode = _fake_mode(placeholders)
+    return mode, [_fake(p, x, mode) for p, x in zip(placeholders, example_inputs, strict=True)]
+
+
+def _placeholders(module: GraphModule) -> list[Node]:
+    return [n for n in module.graph.nodes if n.op == "placeholder"]
 
 
 def _fake_mode(placeholders: Sequence[Node]) -> FakeTensorMode:
@@ -102,7 +172,7 @@ def _fake(placeholder: Node, value: Any, mode: FakeTensorMode) -> Any:
     return placeholder.meta.get("example_value", value)
 
 
-def _quiet_unbacked(mode: FakeTensorMode) -> Any:
+def quiet_unbacked(mode: FakeTensorMode) -> Any:
     """`.item()` makes unbacked symbols that the trace binds by itself."""
     return mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
 
@@ -113,7 +183,7 @@ def _version(value: Any) -> int:
     return value._version
 
 
-def _unwind_functorch() -> None:
+def unwind_functorch() -> None:
     """A trace that fails inside a transform leaves functorch's stack behind; later traces would be wrong."""
     while torch._C._functorch.peek_interpreter_stack() is not None:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
@@ -123,8 +193,7 @@ def _carry_metadata(module: GraphModule, old: Sequence[Node], traced: GraphModul
     traced.meta.update(module.meta)
     if hasattr(module, "_param_name_to_source"):
         traced._param_name_to_source = module._param_name_to_source
-    new = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    for before, after in zip(old, new, strict=True):
+    for before, after in zip(old, _placeholders(traced), strict=True):
         value = after.meta.get("val")
         after.meta.update(before.meta)
         after.meta["val"] = value
@@ -152,13 +221,12 @@ def _name_constant(traced: GraphModule, node: Node) -> None:
     node.meta.setdefault("val", value)
 
 
-def _burned_in(traced: GraphModule) -> str | None:
+def burned_in(traced: GraphModule) -> str | None:
+    """Which tensor of the tracing itself the trace holds as a constant, in words, or None."""
     for node in traced.graph.nodes:
         if node.op != "get_attr":
             continue
         value = getattr(traced, str(node.target), None)
-        if isinstance(value, GraphModule):
-            return f"the trace made a subgraph of its own ({node.target})"
         if isinstance(value, FakeTensor) or (
             isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
         ):
@@ -166,21 +234,14 @@ def _burned_in(traced: GraphModule) -> str | None:
     return None
 
 
-def _difference(
-    module: GraphModule,
-    placeholders: Sequence[Node],
-    traced: GraphModule,
-    fakes: Sequence[Any],
-    result: Any,
-    written: set[int],
-) -> str | None:
+def _difference(module: GraphModule, placeholders: Sequence[Node], traced: _Traced) -> str | None:
     """How the trace differs from Dynamo's own account of the graph, or None."""
     before = tree_leaves([_example(n) for n in tree_leaves(_output(module))])
-    after = tree_leaves(result)
+    after = tree_leaves(traced.result)
     if len(before) != len(after):
         return f"the trace returns {len(after)} values, the graph {len(before)}"
     homes_before = _homes([p.meta.get("example_value") for p in placeholders])
-    homes_after = _homes(fakes)
+    homes_after = _homes(traced.inputs)
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             continue
@@ -192,10 +253,10 @@ def _difference(
             return f"output {i} {'requires' if b.requires_grad else 'does not require'} grad in the trace only"
         if homes_before.get(_home(a)) != homes_after.get(_home(b)):
             return f"output {i} aliases another input in the trace than in the graph"
-    named = {homes_after[_home(fakes[i])] for i in written if isinstance(fakes[i], Tensor)}
-    stated = _written_inputs(traced, homes_after, stated=True)
+    named = {homes_after[_home(traced.inputs[i])] for i in traced.written if isinstance(traced.inputs[i], Tensor)}
+    stated = _written_inputs(traced.module, homes_after, stated=True)
     # What an op writes without saying so in its schema shows in the version of a fake tensor only sometimes.
-    possible = stated | _written_inputs(traced, homes_after, stated=False)
+    possible = stated | _written_inputs(traced.module, homes_after, stated=False)
     if not stated <= named <= possible:
         wrong = sorted((stated - named) | (named - possible))
         return f"the inputs {wrong} are written to in the trace or in the graph, not in both"
@@ -231,9 +292,14 @@ def _written_inputs(traced: GraphModule, homes: dict[int | None, int], *, stated
         node.meta.get("val")
         for writer in traced.graph.nodes
         for node in written_arguments(writer)
-        if writer.target._schema.is_mutable == stated
+        if _states_its_writes(writer) == stated
     ]
     return {homes[_home(value)] for value in written if _home(value) in homes}
+
+
+def _states_its_writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _all_static(a: Tensor, b: Tensor) -> bool:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt.graph import autocast
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.gate import refusal
-from fxopt.graph.retrace import RetraceError, retrace
+from fxopt.graph.normalise import normal_forms
+from fxopt.graph.retrace import RetraceError
 
 
 @dataclass
@@ -24,16 +26,18 @@ class Captured:
         reason = refusal(module, example_inputs)
         if reason is None:
             try:
-                normal = retrace(module, example_inputs)
+                parts = normal_forms(module, example_inputs)
             except RetraceError as error:
                 reason = str(error)
         if reason is not None:
             self.reasons.append(reason)
             return aot_eager(module, example_inputs)
-        canonicalise(normal)
-        normal.graph.lint()
-        self.graphs.append(normal)
-        return aot_eager(normal, example_inputs)
+        for part in parts:
+            canonicalise(part)
+            part.graph.lint()
+        self.graphs += parts
+        with autocast.off() as run_without:
+            return run_without(aot_eager(parts[0], example_inputs))
 
     def run(self, program: Any, *inputs: Any, dynamic: bool | None = None) -> Any:
         torch._dynamo.reset()

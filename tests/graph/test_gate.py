@@ -1,10 +1,15 @@
-"""Programs that a second capture would get wrong are turned away with their reason, or come out right."""
+"""Programs that a second capture could get wrong come out right, or are turned away with their reason."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+aten = torch.ops.aten
 
 
 class Doubled(torch.autograd.Function):
@@ -31,8 +36,11 @@ def outcome(captured, program, *inputs, grad=False):
     return results
 
 
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+def same(a, b, rounding=1e-5):
+    torch.testing.assert_close(a, b, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+BF16 = 0.02  # AOTAutograd alone rounds sums and gradients in another order than eager mode
 
 
 x = torch.randn(4, 4)
@@ -41,7 +49,7 @@ x = torch.randn(4, 4)
 def test_autograd_function_keeps_its_backward(captured):
     eager, ours = outcome(captured, lambda x: Doubled.apply(x.sin()) + 1, x, grad=True)
     same(eager, ours)
-    assert "autograd" in captured.reasons[0]
+    assert torch.ops.higher_order.autograd_function_apply in captured.targets()
 
 
 def test_autocast_inside(captured):
@@ -52,29 +60,113 @@ def test_autocast_inside(captured):
     eager, ours = outcome(captured, program, x)
     same(eager, ours)
     assert eager[0].dtype == torch.bfloat16
-    assert "autocast" in captured.reasons[0]
+    assert captured.targets().count(aten.to.dtype) == 2
 
 
-def test_autocast_around(captured):
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_around(captured, grad):
+    w, b = torch.randn(3, 4), torch.randn(3)
+
+    def program(x, w, b):
+        y = F.linear(x, w, b)  # cast, bias and all
+        with torch.autocast("cpu", enabled=False):
+            z = x @ x
+        with torch.autocast("cpu", dtype=torch.float16):
+            return y.sum() + z.sum() + (x @ x).sum()
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        eager, ours = outcome(captured, lambda x: x @ x, x)
+        eager, ours = outcome(captured, program, x, w, b, grad=grad)
+    same(eager, ours, BF16)
+    assert not captured.reasons
+    assert {n.args[1] for g in captured.graphs for n in g.graph.nodes if n.target is aten.to.dtype} >= {
+        torch.bfloat16,
+        torch.float16,
+    }
+
+
+def test_autocast_of_a_composite_op_that_has_no_rule_of_its_own(captured):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, ours = outcome(captured, lambda x: torch.einsum("ij,kj->ik", x, x), x)
     same(eager, ours)
-    assert "autocast is on for cpu" in captured.reasons[0]
+    assert eager[0].dtype == torch.bfloat16
+    assert aten.to.dtype in captured.targets()
 
 
-def test_checkpoint(captured):
+def test_autocast_leaves_the_state_as_it_was(captured):
     def program(x):
-        return checkpoint(lambda y: (y @ y).sin(), x, use_reentrant=False).sum()
+        with torch.autocast("cpu", dtype=torch.float16):
+            return x @ x
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured.run(program, x)
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def attended(y):
+    return torch.softmax(y @ y.transpose(-1, -2) / 2, -1) @ y
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_is_normalised_inside(captured, reentrant, cast):
+    def program(x):
+        return checkpoint(attended, x.sin(), use_reentrant=reentrant).sum()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+        eager, ours = outcome(captured, program, x, grad=True)
+    same(eager, ours, BF16 if cast else 1e-5)
+    assert not captured.reasons
+    assert aten.softmax.int in captured.targets()
+
+
+def test_nested_checkpoints(captured):
+    def inner(y):
+        return checkpoint(attended, y, use_reentrant=False).cos()
+
+    eager, ours = outcome(captured, lambda x: checkpoint(inner, x, use_reentrant=False).sum(), x, grad=True)
+    same(eager, ours)
+    assert len(captured.graphs) == 3
+
+
+def test_selective_checkpointing_keeps_its_ops(captured):
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def program(x):
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(attended, x, use_reentrant=False, context_fn=contexts).sum()
 
     eager, ours = outcome(captured, program, x, grad=True)
     same(eager, ours)
-    assert "higher-order op" in captured.reasons[0]
+    assert aten.softmax.int not in captured.targets()  # left as Dynamo made it
 
 
-def test_vmap(captured):
-    eager, ours = outcome(captured, lambda x: torch.vmap(lambda row: row.softmax(0) * row.sum())(x), x)
+def test_vmap_becomes_batched_ops(captured):
+    eager, ours = outcome(captured, lambda x: torch.vmap(lambda row: row.softmax(0) * row.sum())(x).cos(), x)
     same(eager, ours)
-    assert "torch.func transform" in captured.reasons[0]
+    assert not captured.reasons
+    assert aten.cos.default in captured.targets()
+
+
+def test_nested_vmaps_of_a_mask_beside_gradients(captured):
+    def program(x):
+        row = torch.arange(4)
+        mask = torch.vmap(lambda i: torch.vmap(lambda j: (i >= j) & (j != 1))(row))(row)
+        return torch.where(mask, x @ x, 0).sum() + torch.vmap(lambda i: i + 1)(row).sum()
+
+    eager, ours = outcome(captured, program, x, grad=True)
+    same(eager, ours)
+    assert not captured.reasons
+
+
+def test_vmap_that_gradients_flow_through(captured):
+    eager, ours = outcome(captured, lambda x: torch.vmap(lambda row: row.softmax(0))(x).sum(), x, grad=True)
+    same(eager, ours)
+    assert "gradients flow through the vmap" in captured.reasons[0]
 
 
 def test_func_grad(captured):
@@ -89,7 +181,7 @@ def test_cond(captured):
 
     eager, ours = outcome(captured, program, x)
     same(eager, ours)
-    assert "higher-order op cond" in captured.reasons[0]
+    assert not captured.reasons
 
 
 def test_flex_attention(captured):
@@ -97,20 +189,20 @@ def test_flex_attention(captured):
 
     q = torch.randn(1, 2, 16, 16)
     same(flex_attention(q, q, q), captured.run(lambda q: flex_attention(q, q, q), q))
-    assert "flex_attention" in captured.reasons[0]
+    assert not captured.reasons
 
 
-def test_while_loop_and_scan_are_turned_away(captured):
+def test_while_loop(captured):
     from torch._higher_order_ops.while_loop import while_loop
 
     def program(x):
         return while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y.sin()), (torch.tensor(0), x))[1]
 
     same(x.sin().sin().sin(), captured.run(program, x))
-    assert "higher-order op while_loop" in captured.reasons[0]
+    assert not captured.reasons
 
 
-def test_map_scan_and_associative_scan_are_turned_away(captured):
+def test_map_scan_and_associative_scan(captured):
     from torch._higher_order_ops.associative_scan import associative_scan
     from torch._higher_order_ops.map import map as hop_map
     from torch._higher_order_ops.scan import scan
@@ -128,7 +220,7 @@ def test_map_scan_and_associative_scan_are_turned_away(captured):
     for name, program in programs.items():
         captured.reasons.clear()
         same(expected[name], captured.run(program, x))
-        assert any("higher-order op" in reason or "torch.func" in reason for reason in captured.reasons), name
+        assert not captured.reasons, name
 
 
 def test_nested_compile_region(captured):
@@ -136,7 +228,7 @@ def test_nested_compile_region(captured):
     same(x @ x, x @ x)
     eager, ours = outcome(captured, lambda x: region(region(x)), x)
     same(eager, ours)
-    assert "higher-order op invoke_subgraph" in captured.reasons[0]
+    assert not captured.reasons
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])

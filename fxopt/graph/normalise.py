@@ -1,0 +1,65 @@
+"""Dynamo's graph and the graphs inside it (checkpointed regions), each brought into normal form."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxopt.graph import autocast
+from fxopt.graph.gate import refusal
+from fxopt.graph.higher_order import BODY_UNDER, bodies
+from fxopt.graph.retrace import RetraceError, retrace
+from fxopt.graph.vmap import inline_vmaps
+
+log = logging.getLogger(__name__)
+
+
+def normal_forms(module: GraphModule, example_inputs: Sequence[Any]) -> list[GraphModule]:
+    """The normal form of Dynamo's graph `module`, then those of the graphs that it holds and runs.
+
+    Raises RetraceError where the first would not be the same program.
+    """
+    normal = retrace(inline_vmaps(module, example_inputs), example_inputs)
+    return [normal, *_bodies(normal)]
+
+
+def _bodies(module: GraphModule) -> list[GraphModule]:
+    """Retrace the graphs that calls in `module` run, in place, and the graphs in those; the ones retraced.
+
+    A graph that can't be retraced stays as it is. Raises RetraceError if its casts under autocast would then be lost.
+    """
+    retraced: list[GraphModule] = []
+    found = list(bodies(module))
+    shared = {name for name, uses in Counter(name for _, name, _, _ in found).items() if uses > 1}
+    for call, name, graph, operands in found:
+        on = call.meta.get(BODY_UNDER, ())
+        inputs = _inputs(graph, operands)
+        reason = "several calls share it" if name in shared else refusal(graph, inputs)
+        if reason is None:
+            try:
+                with autocast.under(on):
+                    normal = retrace(graph, inputs)
+                retraced += [normal, *_bodies(normal)]
+                setattr(module, name, normal)
+                continue
+            except RetraceError as error:
+                reason = str(error)
+        if on:
+            raise RetraceError(f"the graph of {call.name} runs under autocast and can't be retraced: {reason}")
+        log.info("the graph of %s stays as Dynamo made it: %s", call.name, reason)
+    return retraced
+
+
+def _inputs(graph: GraphModule, operands: Sequence[Any]) -> list[Any]:
+    """The operands as inputs of the graph, with no autograd history; which need gradients, Dynamo noted."""
+    inputs = []
+    for placeholder, operand in zip(graph.graph.find_nodes(op="placeholder"), operands, strict=True):
+        if isinstance(operand, Tensor):
+            operand = operand.detach().requires_grad_(placeholder.meta["example_value"].requires_grad)
+        inputs.append(operand)
+    return inputs
