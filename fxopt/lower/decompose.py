@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -130,7 +131,7 @@ class _Decomposer:
             values = [v.detach() if isinstance(v, Tensor) else v for v in values]
             traced = _make_fx(program, self.table, values)
             if any(is_mutable(n) for n in traced.graph.nodes):
-                traced = _make_fx(torch.func.functionalize(program), self.table, values)
+                traced = _make_fx(dispatch_functionalize(program), self.table, values)
         traced.graph.eliminate_dead_code()
         return traced
 
