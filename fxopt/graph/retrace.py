@@ -25,7 +25,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves
 
 from fxopt.graph import autocast
-from fxopt.graph.higher_order import BODY_UNDER, is_opaque, record
+from fxopt.graph.higher_order import BODY_UNDER, is_opaque, is_region, record
 from fxopt.graph.query import written_arguments
 from fxopt.graph.symbols import same_shape
 
@@ -120,6 +120,9 @@ class _Retracer(Interpreter):
             return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_region(target):
+            graph, _, *operands = args
+            return _Retracer(graph, self.mode).run(*operands)
         if is_opaque(target):
             on = self.node.meta.get(BODY_UNDER) or self.node.meta.get(autocast.UNDER) or autocast.state()
             return record(self.node, args, kwargs, self.mode, on)
