@@ -281,3 +281,11 @@ def test_without_a_compiler_it_runs_op_by_op_and_says_so_once(monkeypatch):
     assert rec.counts() == {"rms_norm": 1}
     assert rec.sites[0].implementation == "aten"
     assert rec.graphs[0].lowering.startswith("eager")
+
+
+def test_what_dynamo_answers_with_a_graph_break_is_no_warning(caplog):
+    """The gradient of `values` has a size that depends on data: the graph can't be compiled, whoever made it."""
+    values, mask = torch.randn(2, requires_grad=True), torch.tensor([True, False, True])
+    with caplog.at_level("WARNING", logger="fxopt"):
+        check(lambda x, mask, values: (norm(x, w), x[:, 0].index_put((mask,), values)), x, mask, values)
+    assert not [r for r in caplog.records if r.name.startswith("fxopt")]
