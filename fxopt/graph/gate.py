@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxopt.graph.higher_order import is_opaque
+from fxopt.graph.higher_order import is_opaque, is_region
 
 #: what Dynamo makes of torch.vmap; graph/vmap.py takes it out of the graph
 VMAP_CALLS = (
@@ -74,7 +74,7 @@ def _node(node: Node) -> str | None:
     if node.op == "call_method":
         return None
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and not is_opaque(target):
+    if isinstance(target, torch._ops.HigherOrderOperator) and not (is_opaque(target) or is_region(target)):
         return f"higher-order op {target._name}"
     name = getattr(target, "__name__", "")
     home = getattr(target, "__module__", "") or ""

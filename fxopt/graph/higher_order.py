@@ -38,7 +38,6 @@ OPAQUE = frozenset(
         "associative_scan",
         "flex_attention",
         "autograd_function_apply",
-        "invoke_subgraph",
         "triton_kernel_wrapper_mutation",
         "triton_kernel_wrapper_functional",
     }
@@ -58,6 +57,14 @@ _CHECKPOINT_OPTIONS = frozenset(
 
 class OpaqueError(Exception):
     """The call can't stand in a normal form; the message says why."""
+
+
+def is_region(target: Any) -> bool:
+    """Whether `target` runs a region that the user marked to be compiled once (torch.compiler.nested_compile_region).
+
+    It is run in the trace like any code. What is repeated, the lowering finds by itself, after the fusions.
+    """
+    return target is torch.ops.higher_order.invoke_subgraph
 
 
 def is_opaque(target: Any) -> bool:
