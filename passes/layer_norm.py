@@ -66,6 +66,8 @@ class FuseLayerNorm(PatternFusion):
     def check(self, match: Match) -> Miss | None:
         """Weight and bias have the shape of the normalised dimensions; the result is as wide as x."""
         x, norm = match.val("x"), match.outputs[0]
+        if x.dim() == 0:
+            return Miss("x has no dimensions", match["x"])
         rows = x.shape[x.dim() - match.tags.get("dims", 1) :]
         for name in ("w", "b"):
             value = match.val(name)

@@ -107,7 +107,7 @@ def _one_dim(reduction: Node) -> int | None:
     """The one dimension (from the front) that a reduction goes over and keeps, or None."""
     given = arguments(reduction)
     dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]
-    if not given["keepdim"] or len(dims) != 1:
+    if not given["keepdim"] or len(dims) != 1 or val(reduction.args[0]).dim() == 0:
         return None
     return int(dims[0]) % val(reduction.args[0]).dim()
 

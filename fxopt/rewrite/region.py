@@ -18,7 +18,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import is_mutable, val
+from fxopt.graph.query import is_mutable, val, written_arguments
 from fxopt.graph.scope import is_barrier, is_random
 
 #: values searched backwards from one input for what it has in common with the others (the longest mask chain
@@ -128,7 +128,7 @@ def _ancestors(starts: Iterable[Node], known: set[Node]) -> set[Node]:
         for at in queue:  # grows as it is walked
             if at.op != "call_function" or is_mutable(at) or is_random(at) or is_barrier(at):
                 continue
-            if any(is_mutable(u) for u in at.users):
+            if any(at in written_arguments(u) for u in at.users):
                 continue  # its value here may not be what its op computed
             found.add(at)
             for parent in at.all_input_nodes:

@@ -1,0 +1,66 @@
+"""What random programs found, each made small: right results, and no warning on the way."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+import fxopt
+
+sys.path.insert(0, str(Path(__file__).parent))  # see test_fuzz.py
+
+from fuzz_check import running
+
+
+def run(program, *inputs, **options):
+    """The record of one run of `program`, whose results and written inputs must be eager's."""
+    torch._dynamo.reset()
+    mine, theirs = running.copy_of(inputs), running.copy_of(inputs)
+    with (
+        running.rewritten_always(),
+        running.lowered_by(aot_eager),
+        running.listening() as messages,
+        fxopt.record() as record,
+    ):
+        out = torch.compile(program, backend="fxopt", **options)(*mine)
+    expected = program(*theirs)
+    torch.testing.assert_close((out, mine), (expected, theirs), equal_nan=True)
+    got, wanted = running.tensors(out), running.tensors(expected)
+    assert [running.layout(t) for t in got] == [running.layout(t) for t in wanted]
+    assert running.homes(got, running.tensors(mine)) == running.homes(wanted, running.tensors(theirs))
+    assert not messages
+    return record
+
+
+x, w = torch.randn(2, 4, 8), torch.randn(8)
+
+
+def rms(x, h, w):
+    return w * (x * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def test_a_value_that_a_write_only_reads_is_what_its_op_computed():
+    def program(x, w):
+        h = x + 1
+        wide = h.float()
+        x.add_(h)
+        return rms(wide, wide, w), wide
+
+    assert run(program, x, w).counts() == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize("norm", ["layer norm", "softmax"])
+def test_nothing_is_normed_that_has_no_dimensions(norm):
+    def layer_norm(x):
+        d = x - x.mean(-1, keepdim=True)
+        return d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def softmax(x):
+        e = torch.exp(x - x.amax(-1, keepdim=True))
+        return e / e.sum(-1, keepdim=True)
+
+    assert not run(layer_norm if norm == "layer norm" else softmax, torch.tensor(0.5)).sites
