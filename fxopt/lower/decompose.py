@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -97,7 +98,7 @@ class _Decomposer:
             return  # what a higher-order op returns is memory of its own, as are data-dependent results
         args, kwargs = tree_map(val, (node.args, node.kwargs))
         assert self.mode is not None
-        with self.mode, torch.no_grad():
+        with self.mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         self.changed.add(node)
 
@@ -126,7 +127,7 @@ class _Decomposer:
 
     def _trace(self, program: Callable[..., Any], values: list[Any]) -> GraphModule:
         assert self.mode is not None
-        with self.mode, torch.no_grad():
+        with self.mode, enable_python_dispatcher(), torch.no_grad():  # as AOTAutograd traces
             # A trace knows its inputs by identity; two nodes may have one fake value between them.
             values = [v.detach() if isinstance(v, Tensor) else v for v in values]
             traced = _make_fx(program, self.table, values)
