@@ -25,7 +25,7 @@ from fxopt.graph.query import (
     val,
     written_arguments,
 )
-from fxopt.graph.scope import is_random, storages
+from fxopt.graph.scope import is_random, storages, without_gradients
 from fxopt.graph.symbols import same_shape
 
 aten = torch.ops.aten
@@ -47,6 +47,7 @@ def canonicalise(module: GraphModule) -> int:
     written = _written_storages(graph)
     returned = set(graph.output_node().all_input_nodes)
     differentiated = _may_be_differentiated(graph)
+    cut = without_gradients(graph)
     changed = dropped + _scalar_constants(module)
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -54,6 +55,8 @@ def canonicalise(module: GraphModule) -> int:
         same = _identity(node, written)
         if node.target is aten.detach.default and not differentiated:
             same = node.args[0]
+        if node in cut and same not in cut:
+            same = None  # it is the same tensor, but for the gradient
         if same is not None and node not in returned:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -62,8 +65,8 @@ def canonicalise(module: GraphModule) -> int:
             # `view` insists on strides that a fused op upstream may not reproduce; `reshape` takes what it gets.
             node.target = aten.reshape.default
             changed += 1
-    changed += casts_first(graph, written)
-    changed += _functionalise(graph)
+    changed += casts_first(graph, written, cut)
+    changed += _functionalise(graph, cut)
     changed += _erase_unused(graph)
     module.recompile()
     return changed
@@ -174,11 +177,12 @@ def _scalar_constants(module: GraphModule) -> int:
     return changed
 
 
-def _functionalise(graph: Graph) -> int:
+def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
     """`x.op_(...)` on a value that nothing else can see becomes `x = x.op(...)`.
 
     Only where the storage holds nothing but the value and further in-place steps on all of it, each with a functional
-    form: no view of it exists, so nothing can observe the write.
+    form: no view of it exists, so nothing can observe the write. A step without gradients on a value with them (`cut`)
+    stays: it changes the value and keeps its history.
     """
     changed = 0
     homes: dict[int, list[Node]] = {}
@@ -188,6 +192,8 @@ def _functionalise(graph: Graph) -> int:
     for sharing in homes.values():
         base, *steps = sharing
         if not steps or base.op != "call_function" or not is_tensor(base) or written_arguments(base):
+            continue
+        if any(step in cut for step in steps) and base not in cut:
             continue
         if all(_functional_form(s) is not None and same_shape(val(s).shape, val(base).shape) for s in steps):
             for step in steps:

@@ -18,8 +18,11 @@ from fxopt.graph.scope import storages
 _META = ("stack_trace", "nn_module_stack", "from_node", "seq_nr")
 
 
-def casts_first(graph: Graph, written: frozenset[int]) -> int:
-    """Move casts before the permutations they are made of, in place; how many. `written` are storages written to."""
+def casts_first(graph: Graph, written: frozenset[int], cut: frozenset[Node] = frozenset()) -> int:
+    """Move casts before the permutations they are made of, in place; how many.
+
+    `written` are storages written to, `cut` the nodes that run without gradients in a graph that has them elsewhere.
+    """
     moved = 0
     returned = set(graph.output_node().all_input_nodes)
     for node in list(graph.nodes):
@@ -27,7 +30,7 @@ def casts_first(graph: Graph, written: frozenset[int]) -> int:
             continue
         chain: list[Node] = []
         source = node.args[0]
-        while is_permute(source):
+        while is_permute(source) and (source in cut) == (node in cut):
             chain.append(source)
             source = source.args[0]
         if chain and _move(graph, node, source, chain):

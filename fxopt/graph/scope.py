@@ -49,6 +49,22 @@ def is_barrier(node: Node) -> bool:
     return makes_tensors or getattr(node.target, "__module__", "") == "torch._C"
 
 
+def without_gradients(graph: Graph) -> frozenset[Node]:
+    """The nodes that run with gradients switched off in a graph that has them elsewhere.
+
+    What they return is cut off from what they read, were it the very same tensor.
+    """
+    enabled = torch.is_grad_enabled()
+    ever, off = enabled, set()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+            ever |= enabled
+        elif not enabled and node.op == "call_function":
+            off.add(node)
+    return frozenset(off) if ever else frozenset()
+
+
 class Scope:
     """A graph with its writes and barriers, as fusions and the legality check see it."""
 
@@ -56,6 +72,7 @@ class Scope:
         self.graph = graph
         self.writes: list[tuple[Node, frozenset[StorageId]]] = []
         self.barriers: list[Node] = []
+        self.without_gradients = without_gradients(graph)
         for node in graph.nodes:
             written = written_arguments(node)
             if written:

@@ -39,6 +39,9 @@ def illegality(match: Match, scope: Scope) -> Miss | None:
         return place
     match.insert_before = place
 
+    hidden = _cut_off(match, sources, scope)
+    if hidden is not None:
+        return Miss(f"{hidden.name} runs without gradients: the replacement would read through it", hidden, progress)
     read = frozenset().union(*(storages(s) for s in sources)) if sources else frozenset()
     for output in match.outputs:
         if storages(output) & read:
@@ -60,6 +63,24 @@ def illegality(match: Match, scope: Scope) -> Miss | None:
                 return Miss(
                     f"{write.name} writes to {bound.name} before the replacement would read it", write, progress
                 )
+    return None
+
+
+def _cut_off(match: Match, sources: list[Node], scope: Scope) -> Node | None:
+    """A node without gradients between what the match reads and a variable that is bound behind it, or None."""
+    if not scope.without_gradients:
+        return None
+    bound = {node for node in match.bindings.values() if isinstance(node, Node)}
+    work = [(source, source) for source in sources if source in scope.without_gradients and source not in bound]
+    seen = set()
+    while work:
+        node, cut = work.pop()
+        for parent in node.all_input_nodes:
+            if parent in bound and parent not in scope.without_gradients:
+                return cut
+            if parent not in seen and parent not in bound:
+                seen.add(parent)
+                work.append((parent, cut))
     return None
 
 

@@ -260,7 +260,10 @@ def check(case: Case, tally: Counter[str] | None = None) -> None:
     found += [f"warning: {message[:1500]}" for message in messages]
     if not found:
         return
-    if not messages and checker.differences("aot_eager"):
+    # Where AOTAutograd fails on Dynamo's own graph, fxopt's warning that its graph failed says nothing new.
+    unexpected = [m for m in messages if not m.startswith("fxopt compiles ")]
+    theirs = [] if unexpected else checker.differences("aot_eager")
+    if theirs and (not messages or any(" raised " in t for t in theirs)):
         tally["differs under aot_eager too"] += 1
         return
     raise Difference("\n".join([*found, "", checker.program.snippet(), "", repr(case)]))

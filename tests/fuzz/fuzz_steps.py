@@ -37,6 +37,12 @@ _IN_PLACE = (
 )  # fmt: skip
 
 
+_WITHOUT_GRADIENTS = (
+    "={} * 2", "={}.to(f32)", "={}.view_as({})", "={} * 1", "={}.transpose(0, -1)", "={} + {}", "={}[...]",
+    "={}.clone()",    "{}.mul_(3)", "{}.add_(1)", "{}.zero_()", "={}.detach()", "=F.dropout({}, 0.5, False)", "={}.contiguous()",
+)  # fmt: skip
+
+
 def _fill(form: str, *names: str) -> str:
     if "{0}" in form:
         return form.format(*names)
@@ -165,8 +171,11 @@ def bits(w: Writer, c: Choices) -> None:
 
 
 def under_no_grad(w: Writer, c: Choices) -> None:
-    name = c.any(w.names)
-    if w.do(f"with torch.no_grad(): v{w.count} = {name} * 2"):
+    """A line, or a write, with gradients switched off."""
+    name, text = c.any(w.names), c.of(_WITHOUT_GRADIENTS)
+    if text.startswith("{}."):
+        w.do(f"with torch.no_grad(): {_fill(text, name)}")
+    elif w.do(f"with torch.no_grad(): v{w.count} = {_fill(text[1:], name, name)}"):
         w.names.append(f"v{w.count}")
         w.count += 1
 

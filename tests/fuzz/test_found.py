@@ -17,7 +17,7 @@ from fuzz_check import running
 
 
 def run(program, *inputs, **options):
-    """The record of one run of `program`, whose results and written inputs must be eager's."""
+    """The record of one run of `program`, whose results, gradients and written inputs must be eager's."""
     torch._dynamo.reset()
     mine, theirs = running.copy_of(inputs), running.copy_of(inputs)
     with (
@@ -27,8 +27,12 @@ def run(program, *inputs, **options):
         fxopt.record() as record,
     ):
         out = torch.compile(program, backend="fxopt", **options)(*mine)
+        grads = running.gradients(out, mine)
     expected = program(*theirs)
+    wanted = running.gradients(expected, theirs)
     torch.testing.assert_close((out, mine), (expected, theirs), equal_nan=True)
+    assert [g is None for g in grads] == [g is None for g in wanted]
+    torch.testing.assert_close(running.tensors(grads), running.tensors(wanted))
     got, wanted = running.tensors(out), running.tensors(expected)
     assert [running.layout(t) for t in got] == [running.layout(t) for t in wanted]
     assert running.homes(got, running.tensors(mine)) == running.homes(wanted, running.tensors(theirs))
@@ -64,3 +68,22 @@ def test_nothing_is_normed_that_has_no_dimensions(norm):
         return e / e.sum(-1, keepdim=True)
 
     assert not run(layer_norm if norm == "layer norm" else softmax, torch.tensor(0.5)).sites
+
+
+@torch.no_grad()
+def quietly(step, x):
+    return step(x)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda x, w: quietly(lambda x: x.view(x.shape), x) * x,
+        lambda x, w: quietly(lambda x: x * 1, x) * x,
+        lambda x, w: quietly(lambda x: x.mul_(3), x * 2) * w,
+        lambda x, w: quietly(lambda x: x.transpose(1, 2), x).double() * x.transpose(1, 2),
+        lambda x, w: (rms(h := quietly(lambda x: x.float(), x.bfloat16()), h, w), h),
+    ],
+)
+def test_what_runs_without_gradients_is_cut_off_from_what_it_read(program):
+    run(program, x.clone().requires_grad_(), w.clone().requires_grad_())
