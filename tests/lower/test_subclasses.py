@@ -131,6 +131,34 @@ def test_a_wrapper_that_is_written_to():
     assert rec.counts() == {"layer_norm": 1}
 
 
+@pytest.fixture
+def mesh(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_distributed_tensors(mesh):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    def program(q, k, v, w):
+        heads = torch.softmax(q @ k.transpose(-1, -2) * 0.5, -1) @ v
+        return torch.nn.functional.layer_norm(heads.redistribute(mesh, [Replicate()]), (8,)) @ w
+
+    inputs = [distribute_tensor(torch.randn(2, 4, 5, 8), mesh, [Shard(1)]) for _ in range(3)]
+    weight = distribute_tensor(torch.randn(8, 8), mesh, [Shard(1)])
+    out, rec = run(program, *inputs, weight)
+    expected = program(*inputs, weight)
+    assert isinstance(out, DTensor)
+    assert out.placements == expected.placements
+    torch.testing.assert_close(out.full_tensor(), expected.full_tensor(), rtol=1e-5, atol=1e-5)
+    assert rec.counts() == {"attention": 1, "layer_norm": 1}
+
+
 def test_with_inductor():
     model, x = Quantised(32, 64, True), torch.randn(5, 64)
     out, rec = run(model, x)
