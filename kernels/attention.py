@@ -149,8 +149,28 @@ def _as_given_objection(
 
 @attention.implementation("sdpa_as_given", when=_as_given_objection)
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, empty_rows: str) -> Tensor:
+    if q.device.type != "cpu":
+        k, v = _repeat_heads(q, k), _repeat_heads(q, v)
     gqa = not known_equal(q.shape[1], k.shape[1])
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+
+
+def _repeat_heads(q: Tensor, x: Tensor) -> Tensor:
+    return x if known_equal(q.shape[1], x.shape[1]) else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _repeated_objection(
+    target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
+) -> str | None:
+    """Of a GPU's kernels that take a mask and save no scores, not all group heads; SDPA's last resort saves them."""
+    if not target.training or target.device.type == "cpu" or mask is None or known_equal(q.shape[1], k.shape[1]):
+        return "heads need repeating only for gradients under a mask, on a GPU"
+    return _sdpa_objection(target, q, k, v, mask, *rest)
+
+
+@attention.implementation("sdpa_repeated", when=_repeated_objection)
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, empty_rows: str) -> Tensor:
+    return attention.run("sdpa", q, _repeat_heads(q, k), _repeat_heads(q, v), mask, scale, is_causal, empty_rows)
 
 
 @attention.implementation("sdpa", when=_sdpa_objection)

@@ -149,6 +149,14 @@ def test_no_opaque_kernel_in_training():
             assert not chosen.opaque, name
 
 
+def test_heads_are_repeated_under_a_mask_on_a_gpu():
+    _, args = attend("bool", empty_rows="uniform")
+    chosen = [attention.select(Target(torch.device(kind), training=True), *args)[0].name for kind in ("cuda", "cpu")]
+    assert chosen == ["sdpa_repeated", "sdpa"]
+    torch.testing.assert_close(attention.run("sdpa_repeated", *args), attention.run("reference", *args))
+    assert attention.select(Target(torch.device("cuda"), training=True), *attend()[1])[0].name == "sdpa"
+
+
 @pytest.mark.parametrize("fill, forms", [("masked_fill", "uniform"), ("add", "nan")])
 @pytest.mark.parametrize("value", ["min", -1e9, -1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
