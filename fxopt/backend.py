@@ -36,6 +36,7 @@ from fxopt.lower.compile import (
 )
 from fxopt.lower.identity import pass_identity
 from fxopt.lower.implementations import Choice, place_implementations
+from fxopt.lower.outline_compile import describe, outlined
 from fxopt.ops import ANYWHERE, Target
 from fxopt.options import Options
 from fxopt.rewrite import verdicts
@@ -77,7 +78,9 @@ def fxopt(
         report.reason = f"{type(error).__name__}: {error}"
         report.normalized, report.sites, run = False, [], None
         # Some errors Dynamo answers with a graph break (a size that depends on data): its own graph raises them too.
-        level = logging.INFO if isinstance(error, torch._dynamo.exc.exceptions_allowed_to_be_fallback) else logging.WARNING
+        level = (
+            logging.INFO if isinstance(error, torch._dynamo.exc.exceptions_allowed_to_be_fallback) else logging.WARNING
+        )
         log.log(level, "fxopt compiles %s as Dynamo made it: %s", report.name, report.reason, exc_info=True)
     if run is None:
         run = _compile(module, example_inputs, chosen, report)
@@ -118,7 +121,7 @@ def _rewritten(
         if not sum([_fuse(part, selected, verifier, report) for part in parts]):
             return None
         _place(parts, target, report)
-        return run_without(_compile(parts[0], example_inputs, options, report))
+        return run_without(_compile_outlined(parts[0], example_inputs, options, target.training, report))
 
 
 def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> list[GraphModule]:
@@ -212,6 +215,28 @@ def _compile(
             report.lowering = f"eager: {reason}"
             return run_eagerly(module, reason)
         return compile_graph(module, example_inputs, options)
+
+
+def _compile_outlined(
+    module: GraphModule, example_inputs: Sequence[Any], options: Options, training: bool, report: GraphReport
+) -> Callable[..., Any]:
+    """Compile with layers that repeat compiled once; as the graph is where they don't, or where that goes wrong."""
+    if missing_compiler(example_inputs) is None:
+        try:
+            with _timed(report, "outline"):
+                found = outlined(module, options, training=training)
+            report.notes += [f"not outlined: {objection}" for objection in found.objections]
+            if found.bodies:
+                with _timed(report, "lower"):
+                    run = compile_graph(found.module, example_inputs, options)
+                report.outlined = describe(found)
+                return run
+        except torch._dynamo.exc.RestartAnalysis:
+            raise
+        except Exception as error:
+            report.notes.append(f"not outlined: {type(error).__name__}: {error}")
+            log.warning("fxopt compiles the layers of %s one by one: %s", report.name, error, exc_info=True)
+    return _compile(module, example_inputs, options, report)
 
 
 def _selected(known: Mapping[str, Fusion], options: Options) -> list[Fusion]:

@@ -11,6 +11,7 @@ from typing import Any
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 VERIFY = ("off", "meta", "numeric", "strict")
 TUNE = ("off", "auto")
+OUTLINE = ("off", "auto", "always")
 
 
 class OptionError(ValueError):
@@ -27,6 +28,8 @@ class Options:
               "numeric": numbers too, within a budget; "strict": no budget, and what could not be checked is undone
     tune      "auto": opaque kernels are used where they were measured to pay; "off": only implementations that Inductor
               sees into, so that nothing depends on a measurement
+    outline   "auto": layers that repeat are compiled once, in inference; "always": in training too, where Inductor then
+              reuses no memory; "off": every layer is compiled for itself
     mode      Inductor's mode (torch.compile refuses mode= and options= together, so it can be given here)
     inductor  options passed on to Inductor
     """
@@ -35,6 +38,7 @@ class Options:
     disable: tuple[str, ...] = ()
     verify: str = "numeric"
     tune: str = "auto"
+    outline: str = "auto"
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,7 +59,7 @@ class Options:
         for key in ("fusions", "disable"):
             if given.get(key) is not None:
                 given[key] = _names(key, given[key], known)
-        for key, allowed in (("verify", VERIFY), ("tune", TUNE), ("mode", MODES)):
+        for key, allowed in (("verify", VERIFY), ("tune", TUNE), ("outline", OUTLINE), ("mode", MODES)):
             if key in given and given[key] not in allowed:
                 raise OptionError(f"{key}={given[key]!r} is not known{_nearest(str(given[key]), allowed)}")
         if not isinstance(given.get("inductor", {}), Mapping):

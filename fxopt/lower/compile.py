@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxopt.lower.outline_memory import NO_REUSE, checked_inner, has_bodies
 from fxopt.options import Options
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,15 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], options: O
     """Compile with Inductor in the mode that `options` names; what it returns takes and gives flat arguments."""
     from torch._inductor.compile_fx import compile_fx
 
-    run: Any = compile_fx(module, list(example_inputs), config_patches=patches(options))
+    inputs, config = list(example_inputs), patches(options)
+    run: Any
+    if not has_bodies(module):
+        run = compile_fx(module, inputs, config_patches=config)
+    elif gradients_flow(module, example_inputs):
+        with torch._functorch.config.patch(donated_buffer=False):
+            run = compile_fx(module, inputs, config_patches=config | NO_REUSE)
+    else:
+        run = compile_fx(module, inputs, inner_compile=checked_inner, config_patches=config)
     return run
 
 
@@ -80,4 +90,6 @@ def gradients_flow(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Whether the graph may be differentiated: an input asks for gradients and grad mode is on, around it or inside."""
     if not any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         return False
-    return torch.is_grad_enabled() or any(n.target is torch._C._set_grad_enabled and n.args[0] for n in module.graph.nodes)
+    return torch.is_grad_enabled() or any(
+        n.target is torch._C._set_grad_enabled and n.args[0] for n in module.graph.nodes
+    )

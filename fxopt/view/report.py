@@ -44,6 +44,7 @@ class GraphReport:
     entry: "pre-dispatch", or "after AOTAutograd" where the first one turned the graph away for `turned_away`
     seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
     generated: name -> source of code generated for this graph
+    outlined: layers that were compiled once, in words -> how many times they repeat
     """
 
     name: str
@@ -61,6 +62,7 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)
     lowering: str = ""  # "inductor" or "eager", with the mode
     notes: list[str] = field(default_factory=list)
+    outlined: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -331,6 +331,7 @@ def _graph(graph: GraphReport) -> list[str]:
     lines += _sites(graph.sites)
     lines += [f"  undone: {s.fusion}: {verdict(s.verdict)}\n    {_first(s.sources)}" for s in graph.steps if failed(s)]
     lines += _misses(graph.misses)
+    lines += [f"  compiled once, called {calls} times: {body}" for body, calls in graph.outlined.items()]
     lines += [f"  note: {note}" for note in graph.notes]
     if len(lines) == 1:
         lines.append("  nothing to fuse: no fusion matched here, and none nearly did")
