@@ -162,13 +162,17 @@ class _Decomposer:
             graph.erase_node(node)
         else:
             self._replace(node, results[0])
+        for made in reversed(list(environment.values())):  # results that nobody asks for
+            if made not in inputs and not made.users and not made.is_impure():
+                graph.erase_node(made)
 
     def _replace(self, old: Node, new: Any) -> None:
-        if not isinstance(new, Node):
+        if not isinstance(new, Node) and old.users:
             raise DecomposeError(f"the decomposition of {old.name} returns no tensor")
-        kept = restore_strides(self.graph, old, new)
-        self.changed.update({kept, new})
-        old.replace_all_uses_with(kept)
+        if old.users:
+            kept = restore_strides(self.graph, old, new)
+            self.changed.update({kept, new})
+            old.replace_all_uses_with(kept)
         self.graph.erase_node(old)
 
     def _constant(self, node: Node, traced: GraphModule, inner: Node) -> Node:

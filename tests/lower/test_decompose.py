@@ -122,6 +122,12 @@ def test_several_results():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_results_that_nobody_asks_for_are_not_computed():
+    module = traced(lambda x: aten.native_group_norm(x, None, None, 2, 4, 6, 2, 1e-5)[0], torch.randn(2, 4, 6))
+    decompose(module, select_decomp_table())
+    assert not [n for n in module.graph.nodes if n.op == "call_function" and not n.users]
+
+
 def test_graphs_inside_are_decomposed():
     module = traced(lambda x: torch.cond(x.sum() > 0, lambda x: x.softmax(-1), lambda x: x.sin(), (x,)), torch.randn(3))
     decompose(module, select_decomp_table())
