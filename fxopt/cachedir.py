@@ -24,7 +24,7 @@ VARIABLE = "FXOPT_CACHE_DIR"
 log = logging.getLogger(__name__)
 
 #: no file of ours is near this long
-LIMIT = 1 << 20
+LIMIT = 16 << 20
 
 _warned: set[str] = set()
 #: path as configured -> the directory that it led to, and which one that was (device, inode)

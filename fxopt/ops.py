@@ -250,6 +250,14 @@ def fused_op(
     return define
 
 
+def versions() -> list[str]:
+    """The ops and implementations that are defined, each with the version of what it is written in."""
+    return sorted(
+        {str(overload) for overload in _OPS}
+        | {f"{op.overload} {i.name} {i.version}" for op in _OPS.values() for i in op.implementations}
+    )
+
+
 def find_op(target: Any) -> FusedOp | None:
     """The fused op behind a graph node's target, or None."""
     return _OPS.get(target)

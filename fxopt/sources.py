@@ -11,9 +11,13 @@ import functools
 import hashlib
 import inspect
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+#: before any code that is versioned here was loaded, for that needs this module
+_STARTED = time.time()
 
 
 def defining_file(thing: Any) -> Path | None:
@@ -40,3 +44,9 @@ def digest(files: Iterable[Path | str]) -> str:
         found.update(len(data).to_bytes(8, "little"))
         found.update(data)
     return found.hexdigest()[:12]
+
+
+def edited_since_start(file: Path | str) -> bool:
+    """Whether a file may have changed since it was loaded: what runs is then not what it says."""
+    found = Path(file).stat()
+    return max(found.st_mtime, found.st_ctime) >= _STARTED

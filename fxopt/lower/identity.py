@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fxopt.ops import versions
 from fxopt.rewrite.fusion import Fusion
-from fxopt.sources import digest
+from fxopt.sources import digest, edited_since_start
 
 _ROOT = Path(__file__).parents[1]
 
@@ -20,15 +21,24 @@ _PROCESS = uuid.uuid4().hex
 
 
 def pass_identity(fusions: Iterable[Fusion], settings: Any) -> str:
-    """A hash of fxopt's own sources, the fusions with their options and sources, and `settings` (by their repr)."""
-    parts = [_own_sources(), *(f"{fusion!r} {_sources(type(fusion).__module__)}" for fusion in fusions), repr(settings)]
+    """A hash of fxopt's own sources, the fusions with their options and sources, the ops, and `settings` by their repr.
+
+    The ops are all that are defined, whoever's files they are written in: a fusion can make any of them.
+    """
+    parts = [_own_sources(), *versions(), repr(settings)]
+    for fusion in fusions:
+        kind = type(fusion)
+        parts += [repr(fusion), kind.source_version or _PROCESS, _sources(kind.__module__)]
+        if " at 0x" in repr(fusion):  # an option that only its address tells from others
+            parts.append(_PROCESS)
     return f"fxopt {hashlib.sha256(' '.join(parts).encode()).hexdigest()}"
 
 
 @functools.cache
 def _own_sources() -> str:
     linked = [f for folder in ("passes", "kernels") for f in (_ROOT / folder).rglob("*.py")]  # links, in a checkout
-    return digest(sorted({*_ROOT.rglob("*.py"), *linked}))
+    files = sorted({*_ROOT.rglob("*.py"), *linked})
+    return digest(files) if not any(map(edited_since_start, files)) else _PROCESS
 
 
 def _sources(module: str) -> str:
@@ -38,4 +48,6 @@ def _sources(module: str) -> str:
         return ""  # hashed as a whole
     loaded = [m for name, m in list(sys.modules.items()) if name == package or name.startswith(package + ".")]
     files = {Path(found) for m in loaded if (found := getattr(m, "__file__", None)) and Path(found).is_file()}
-    return digest(sorted(files)) if files and module != "__main__" else _PROCESS
+    if not files or module == "__main__" or any(map(edited_since_start, files)):
+        return _PROCESS
+    return digest(sorted(files))

@@ -34,7 +34,7 @@ def recall(report: GraphReport, key: str) -> bool:
         return False
     try:
         (known,) = from_dict(json.loads(data)).graphs
-    except (ValueError, KeyError, TypeError):  # not JSON, not text, or not ours
+    except Exception:  # not JSON, not text, or not ours: whatever it holds, it is only what would have been told
         return False
     for field in _TOLD:
         setattr(report, field, getattr(known, field))

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("_plugins", HERE / "_plugins.py")
 plugins = importlib.util.module_from_spec(_spec)
@@ -54,28 +56,34 @@ def expected(place, edited):
     return (torch.arange(6.0).reshape(2, 3) * factor).tolist()
 
 
+@pytest.mark.parametrize("entry", ["first entry", "second entry"])
 @pytest.mark.parametrize("place", plugins.PLACES)
-def test_a_warm_process_hits_the_cache_and_gives_the_same(runs, place):
-    cold, warm, _ = runs
-    assert (cold[place]["hits"], cold[place]["misses"]) == (0, 1)
-    assert (warm[place]["hits"], warm[place]["misses"], warm[place]["bypassed"]) == (1, 0, 0)
-    for key in ("result", "gradient", "sites", "version"):
-        assert warm[place][key] == cold[place][key]
-    assert cold[place]["result"] == expected(place, edited=False)
-    assert cold[place]["sites"] == {f"cached_{place}": 1}
+def test_a_warm_process_hits_the_cache_and_gives_the_same(runs, place, entry):
+    cold, warm, _ = (run[f"{place}, {entry}"] for run in runs)
+    assert (cold["hits"], cold["misses"]) == (0, 1)
+    assert (warm["hits"], warm["misses"], warm["bypassed"]) == (1, 0, 0)
+    for key in ("result", "gradient", "sites", "version", "entry"):
+        assert warm[key] == cold[key]
+    assert cold["result"] == expected(place, edited=False)
+    assert cold["sites"] == {f"cached_{place}": 1}
+    assert ("after AOTAutograd" in cold["entry"]) == (entry == "second entry")
 
 
+@pytest.mark.parametrize("entry", ["first entry", "second entry"])
 @pytest.mark.parametrize("place", plugins.PLACES)
-def test_an_edit_is_seen(runs, place):
-    cold, _, edited = runs
-    assert edited[place]["hits"] == 0
-    assert edited[place]["result"] == expected(place, edited=True)
-    if place == "backward":
-        assert cold[place]["gradient"] == torch.full((2, 3), 3.0).tolist()
-        assert edited[place]["gradient"] == torch.full((2, 3), 7.0).tolist()
+def test_an_edit_is_seen(runs, place, entry):
+    edited = runs[2][f"{place}, {entry}"]
+    assert edited["hits"] == 0
+    assert edited["result"] == expected(place, edited=True)
+
+
+def test_an_edit_of_the_backward_is_seen(runs):
+    cold, warm, edited = (run["backward, first entry"]["gradient"] for run in runs)
+    assert cold == warm == torch.full((2, 3), 3.0).tolist()
+    assert edited == torch.full((2, 3), 7.0).tolist()
 
 
 @pytest.mark.parametrize("place", [p for p in plugins.PLACES if p != "elsewhere"])
 def test_the_op_is_named_after_what_it_is_written_in(runs, place):
-    cold, _, edited = runs
-    assert cold[place]["version"] != edited[place]["version"]
+    cold, _, edited = (run[f"{place}, first entry"] for run in runs)
+    assert cold["version"] != edited["version"]
