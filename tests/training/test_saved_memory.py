@@ -14,8 +14,7 @@ saved = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(saved)
 
 ALONE = saved.fusions(torch.float32)
-QUICK = ("attention", "attention, grouped heads", "attention, mask filled in", "add, RMSNorm", "add, LayerNorm",
-         "int8_matmul, learnt scale and bias")  # fmt: skip
+QUICK = ("attention, grouped heads", "attention, mask filled in", "add, RMSNorm", "int8_matmul, learnt scale and bias")
 #: SDPA keeps a row of the result and a number, a softmax the row of weights: so much less for 64 keys of width 32
 LESS = ("attention, grouped heads", "attention, causal")
 

@@ -268,6 +268,7 @@ def test_saved_tensor_hooks_see_only_the_run(net, twins, x):
     assert seen[0] == seen[1] > 0
 
 
+@pytest.mark.slow
 def test_dynamic_batches(net, twins, recorder, sites, same_gradients, x):
     compiled, ours, eager = twins(net())
     for rows in (6, 4, 5, 1):
