@@ -39,7 +39,8 @@ _IN_PLACE = (
 
 _WITHOUT_GRADIENTS = (
     "={} * 2", "={}.to(f32)", "={}.view_as({})", "={} * 1", "={}.transpose(0, -1)", "={} + {}", "={}[...]",
-    "={}.clone()",    "{}.mul_(3)", "{}.add_(1)", "{}.zero_()", "={}.detach()", "=F.dropout({}, 0.5, False)", "={}.contiguous()",
+    "={}.clone()", "{}.mul_(3)", "{}.add_(1)", "{}.zero_()", "={}.detach()", "=F.dropout({}, 0.5, False)",
+    "={}.contiguous()",
 )  # fmt: skip
 
 
