@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from fxopt.graph.query import val
@@ -33,6 +34,8 @@ from fxopt.lower.strides import same_strides, with_strides
 from fxopt.options import Options
 
 log = logging.getLogger(__name__)
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 
 #: rewrites a functional graph in place; whether anything was gained
 Rewrite = Callable[[GraphModule], bool]
@@ -88,8 +91,15 @@ class AfterAOT(CustomGraphPass):
 
 
 def serves(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether Dynamo's graph with these inputs is one for this entry: nothing will be differentiated, by anybody."""
-    return not gradients_flow(module, example_inputs) and torch._C._functorch.peek_interpreter_stack() is None
+    """Whether Dynamo's graph with these inputs is one for this entry.
+
+    Nothing will be differentiated, by anybody, and AOTAutograd knows what each input holds: of a subclass without
+    `__tensor_flatten__` it doesn't.
+    """
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    known = all(type(x) in _PLAIN_TYPES or is_traceable_wrapper_subclass(x) for x in tensors)
+    differentiated = gradients_flow(module, example_inputs) or torch._C._functorch.peek_interpreter_stack() is not None
+    return known and not differentiated
 
 
 def compile_after_aot(
