@@ -36,11 +36,6 @@ def second(monkeypatch, without_inductor):
     monkeypatch.setattr("fxopt.backend.refusal", lambda module, inputs: "the test says so")
 
 
-@pytest.fixture
-def second_with_inductor(monkeypatch):
-    monkeypatch.setattr("fxopt.backend.refusal", lambda module, inputs: "the test says so")
-
-
 def same(actual, expected):
     torch.testing.assert_close(actual, expected)
     for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
