@@ -103,7 +103,10 @@ def _copy(fake: Any) -> Any:
     """The same input for another trace, without the autograd history that writing to it in a trace gives it."""
     if not isinstance(fake, Tensor) or not fake.is_leaf:  # a leaf in its place could not be written to
         return fake
-    return fake.detach().requires_grad_(fake.requires_grad)
+    copied: Any = fake.detach().requires_grad_(fake.requires_grad)
+    if isinstance(fake, FakeTensor) and fake.item_memo is not None:
+        copied.item_memo = fake.item_memo  # the symbol that `.item()` gives
+    return copied
 
 
 class _Retracer(Interpreter):
