@@ -132,9 +132,7 @@ class Program:
 
     def snippet(self) -> str:
         """A script that shows what the program does under eager and under fxopt."""
-        lines = ["import torch, torch.nn.functional as F", "import fxopt", ""]
-        lines += [f"{name} = {dtype!s}" for name, dtype in DTYPES.items() if name in self.source or name == "f32"]
-        lines += ["", self.source, "", "def inputs(sizes):", "    g = torch.Generator().manual_seed(1)"]
+        lines = ["", self.source, "", "def inputs(sizes):", "    g = torch.Generator().manual_seed(1)"]
         for name, spec in zip(self.names, self.inputs, strict=True):
             if spec.alias is not None and name != self.names[0]:
                 base = self.names[spec.alias % self.names.index(name)]
@@ -153,7 +151,9 @@ class Program:
             f"    for sizes in ({self.case.sizes}{second},):" if second else f"    for sizes in [{self.case.sizes}]:"
         ]
         lines += ["        print(program(*inputs(sizes)))", "        print(compiled(*inputs(sizes)))"]
-        return "\n".join(lines)
+        text = "\n".join(lines)
+        named = [f"{name} = {dtype!s}" for name, dtype in DTYPES.items() if name in text]
+        return "\n".join(["import torch, torch.nn.functional as F", "import fxopt", "", *named, text])
 
 
 FLOATS = ("f32", "bf16", "f16", "f64")
