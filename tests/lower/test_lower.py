@@ -118,7 +118,11 @@ def test_inductor_gets_mode_and_options(monkeypatch):
     monkeypatch.setattr(
         "torch._inductor.compile_fx.compile_fx", lambda module, inputs, config_patches: seen.update(config_patches)
     )
-    compile_graph(None, [], Options(mode="max-autotune-no-cudagraphs", inductor={"shape_padding": False}))
+    compile_graph(
+        torch.fx.symbolic_trace(torch.relu),
+        [],
+        Options(mode="max-autotune-no-cudagraphs", inductor={"shape_padding": False}),
+    )
     assert seen["max_autotune"] is True
     assert seen["shape_padding"] is False
 
