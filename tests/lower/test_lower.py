@@ -119,7 +119,7 @@ def test_inductor_gets_mode_and_options(monkeypatch):
         "torch._inductor.compile_fx.compile_fx", lambda module, inputs, config_patches: seen.update(config_patches)
     )
     compile_graph(
-        torch.fx.symbolic_trace(torch.relu),
+        torch.fx.symbolic_trace(lambda x: x + 1),
         [],
         Options(mode="max-autotune-no-cudagraphs", inductor={"shape_padding": False}),
     )
