@@ -98,7 +98,10 @@ def test_spelled_out_attention_with_padding_on_the_left():
         torch._dynamo.reset()
         ours = torch.compile(model, backend="fxopt")(ids, attention_mask=mask)[0]
     assert rec.counts()["attention"] == 2
-    closer_or_as_close(ours, eager, exact)
+    live = mask.bool()
+    assert not (ours.isnan() & ~eager.isnan()).any()
+    assert exact[live].isfinite().all()  # in float64 the padding's own rows can overflow to NaN: min + min
+    closer_or_as_close(ours[live], eager[live], exact[live])
 
 
 def test_training_step():

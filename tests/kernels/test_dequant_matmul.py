@@ -245,5 +245,6 @@ def test_on_the_gpu(check, m, dtype):
     for layout, form in (("low/2", "symmetric"), ("low/32", "minimum"), ("low/row", "integer zero")):
         check(int4_matmul, "triton", int4_case(m, 1000, 1024, 32, layout, dtype, form=form, bias=True), "cuda")
     args = on("cuda", int8_case(m, 1000, 1024, dtype))
-    assert int8_matmul.select(Target(torch.device("cuda")), *args)[0].name == "triton"
+    chosen = int8_matmul.select(Target(torch.device("cuda")), *args)[0].name
+    assert chosen == ("triton" if m <= 32 else "decomposed")
     check(int8_matmul, "triton", args, "cuda")
