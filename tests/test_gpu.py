@@ -93,15 +93,14 @@ def test_spelled_out_attention_with_padding_on_the_left():
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     with torch.no_grad(), fxopt.record() as rec:
-        exact = llama("eager", torch.float64)(ids, attention_mask=mask)[0]
+        # In float64 a score below finfo.min is -inf, and such rows NaN: float32 is exact enough for bfloat16.
+        exact = llama("eager", torch.float32)(ids, attention_mask=mask)[0].double()
         eager = model(ids, attention_mask=mask)[0]
         torch._dynamo.reset()
         ours = torch.compile(model, backend="fxopt")(ids, attention_mask=mask)[0]
     assert rec.counts()["attention"] == 2
-    live = mask.bool()
-    assert not (ours.isnan() & ~eager.isnan()).any()
-    assert exact[live].isfinite().all()  # in float64 the padding's own rows can overflow to NaN: min + min
-    closer_or_as_close(ours[live], eager[live], exact[live])
+    assert exact.isfinite().all()
+    closer_or_as_close(ours, eager, exact)
 
 
 def test_training_step():
