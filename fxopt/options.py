@@ -28,9 +28,9 @@ class Options:
               "numeric": numbers too, within a budget; "strict": no budget, and what could not be checked is undone
     tune      "auto": opaque kernels are used where they were measured to pay; "off": only implementations that Inductor
               sees into, so that nothing depends on a measurement
-    outline   "auto": layers that repeat are compiled once, in inference (those that write caches: if in CUDA graphs);
-              "always": wherever torch can, in training too, where Inductor then
-              reuses no memory; "off": every layer is compiled for itself
+    outline   "auto": layers that repeat are compiled once, in inference on the CPU (but for those that write caches);
+              "always": wherever torch can, on a GPU and in training too, where Inductor then reuses no memory;
+              "off": every layer is compiled for itself
     mode      Inductor's mode (torch.compile refuses mode= and options= together, so it can be given here)
     inductor  options passed on to Inductor
     """

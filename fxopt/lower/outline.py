@@ -134,6 +134,7 @@ class _Builder:
         self.graph = Graph()
         self.made: dict[Node, Node] = {}  # node of the given graph -> node of the new one
         self.symbols: dict[sympy.Symbol, Node] = {}  # size symbol -> node of the new graph that is its value
+        self.homes = _homes(module.graph)
 
     def build(self) -> GraphModule:
         ends: dict[Node, tuple[_Body, Stretch]] = {}
@@ -160,6 +161,8 @@ class _Builder:
     def _copy(self, node: Node) -> None:
         if is_size(node) and any(n not in self.made for n in node.all_input_nodes):
             # the size of a tensor that is now within a body: computed from its symbols
+            for symbol in _symbols(val(node)):
+                self._size(symbol)
             self.made[node] = _from_symbols(self.graph, val(node), self.symbols)
             return
         copy = self.graph.node_copy(node, self.made.__getitem__)
@@ -172,7 +175,7 @@ class _Builder:
             self.symbols.setdefault(value.node.expr, copy)
 
     def _call(self, body: _Body, one: Stretch) -> None:
-        sizes = [self.symbols[s] for s in body.symbols]
+        sizes = [self._size(s) for s in body.symbols]
         operands = [self.made[n] for n in one.operands]
         attribute = self.graph.get_attr(body.name)
         invoke = torch.ops.higher_order.invoke_subgraph
@@ -182,6 +185,25 @@ class _Builder:
             self.made[node] = self.graph.call_function(operator.getitem, (call, i))
         for i in body.views:
             self.made[one.nodes[i]] = self.graph.node_copy(one.nodes[i], self.made.__getitem__)
+
+    def _size(self, symbol: sympy.Symbol) -> Node:
+        """The node that is the symbol's value; where the graph has none yet, it is read off an input's shape."""
+        if symbol not in self.symbols:
+            placeholder, dim = self.homes[symbol]
+            made = self.graph.call_function(torch.ops.aten.sym_size.int, (self.made[placeholder], dim))
+            made.meta["val"] = val(placeholder).shape[dim]
+            self.symbols[symbol] = made
+        return self.symbols[symbol]
+
+
+def _homes(graph: Graph) -> dict[sympy.Symbol, tuple[Node, int]]:
+    """For each size symbol that is a dimension of an input: the input and the dimension."""
+    homes: dict[sympy.Symbol, tuple[Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for dim, size in enumerate(val(node).shape if isinstance(val(node), Tensor) else ()):
+            if isinstance(size, SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                homes.setdefault(size.node.expr, (node, dim))
+    return homes
 
 
 class _Body:

@@ -1,16 +1,18 @@
 """Where an outlined graph may be compiled, and what the report says of it.
 
-Training is outlined only when asked for (outline="always"): it takes an Inductor that reuses no memory, see
-outline_memory.py, and what that costs was not measured on a GPU.
+By default only where it was measured: inference on the CPU. Training takes an Inductor that reuses no memory (see
+outline_memory.py); on a GPU it was not measured what borders between layers cost at run time.
 """
 
 from __future__ import annotations
 
 import torch
 import torch._inductor.config
+from torch import Tensor
 from torch.fx import GraphModule
 
-from fxopt.lower.compile import patches, uses_cuda_graphs
+from fxopt.graph.query import val
+from fxopt.lower.compile import patches
 from fxopt.lower.outline import Outline, outline
 from fxopt.options import Options
 
@@ -23,12 +25,23 @@ def outlined(module: GraphModule, options: Options, *, training: bool) -> Outlin
     if not found.bodies:
         return found
     objection = _objection(options, training)
-    costly = options.outline == "auto" and not uses_cuda_graphs(options) and any(b.results > 2 for b in found.bodies)
-    if objection is None and costly:
-        # A layer that writes a cache hands over more than the residual stream: that is decoding, where a call of a
-        # body costs the host about 70 us (8 layers of width 256 on the CPU: 2.56 ms a token instead of 2.00).
-        objection = 'calls of shared bodies cost a decoding step time, unless in CUDA graphs (outline="always")'
+    if objection is None and options.outline == "auto":
+        objection = _unmeasured(module) or _costly(found)
     return found if objection is None else Outline(module, objections=(objection,))
+
+
+def _unmeasured(module: GraphModule) -> str | None:
+    inputs = [val(n) for n in module.graph.find_nodes(op="placeholder")]
+    device = next((x.device.type for x in inputs if isinstance(x, Tensor) and x.device.type != "cpu"), None)
+    return device and f'what shared bodies cost when they run is not measured on {device} (outline="always")'
+
+
+def _costly(found: Outline) -> str | None:
+    # A layer that writes a cache hands over more than the residual stream: that is decoding, where a call of a body
+    # costs the host about 70 us (8 layers of width 256 on the CPU: 2.56 ms a token instead of 2.00).
+    if any(body.results > 2 for body in found.bodies):
+        return 'calls of shared bodies cost a decoding step time (outline="always")'
+    return None
 
 
 def _objection(options: Options, training: bool) -> str | None:

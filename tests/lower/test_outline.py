@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import fxopt
 from fxopt.lower.outline import outline
@@ -54,6 +55,31 @@ def test_layers_become_calls_of_one_body():
     assert len(found.module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)) == (
         body.calls
     )
+
+
+def test_a_symbolic_size_that_only_layers_ask_for():
+    def layer(x, w):
+        n = x * torch.rsqrt(x.pow(2.0).mean(-1, keepdim=True) + 1e-6)
+        return x + torch.relu((n @ w).reshape(n.shape[0], 2, 4)).flatten(1) @ w.t() * 0.1
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    fakes = [mode.from_tensor(X, symbolic_context=context), *(mode.from_tensor(w, static_shapes=True) for w in W)]
+    program = lambda x, *w: _stack(lambda i, x, w: layer(x, w), x, *w)  # noqa: E731
+    with mode, torch.no_grad():
+        traced = make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
+        product, (rows, *others) = node.args
+        with traced.graph.inserting_before(node):
+            own = traced.graph.call_function(torch.ops.aten.sym_size.int, (product, 0))
+        own.meta["val"] = rows.meta["val"]
+        node.args = (product, [own, *others])
+    traced.graph.erase_node(rows)
+    (body,) = (found := outline(traced)).bodies
+    assert body.calls >= 10
+    for rows in (4, 7):
+        x = torch.rand(rows, 8)
+        torch.testing.assert_close(found.module(x, *W), program(x, *W))
 
 
 def test_a_weight_that_all_layers_share_is_handed_to_each():

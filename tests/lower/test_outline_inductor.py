@@ -161,7 +161,7 @@ def test_decoding_in_cuda_graphs():
     expected = _decode(model, None, device=DEVICE)
     counters.clear()
     with fxopt.record() as rec:
-        got = _decode(model, "fxopt", device=DEVICE, mode="reduce-overhead")
+        got = _decode(model, "fxopt", device=DEVICE, options={"outline": "always", "mode": "reduce-overhead"})
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert _calls(rec), str(rec)
     assert not counters["inductor"]["cudagraph_skips"]

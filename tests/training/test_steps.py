@@ -50,6 +50,9 @@ def test_only_the_input_is_differentiated(net, twins, recorder, sites, x):
     assert recorder.counts() == sites
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason='torch 2.11 loses the gradient with backend="aot_eager" too'
+)
 def test_thawing_a_parameter_later(net, twins, same_gradients, x):
     compiled, ours, eager = twins(net().requires_grad_(False))
     torch.testing.assert_close(compiled(x), eager(x))
