@@ -227,7 +227,10 @@ def _decomposed_objection(target: Target, *args: object) -> str | None:
 
 @attention.implementation("decomposed", when=_decomposed_objection)
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, empty_rows: str) -> Tensor:
-    """Spelled out as models do it: scores in their operands' dtype, the softmax in at least float32."""
+    """Spelled out as models do it: scores in their operands' dtype. ATen's softmax computes in at least float32.
+
+    Its result is rounded once, as a cast of a float32 softmax would be; that float32 is then not kept for the backward.
+    """
     batch, heads, rows, kv_heads = q.shape[0], q.shape[1], q.shape[2], k.shape[1]
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, values = (t.to(common) for t in (q, k, v))
@@ -237,7 +240,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
         scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask
     if is_causal:
         scores = torch.where(_causal(rows, k.shape[2], q.device), scores, -torch.inf)
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = torch.softmax(scores, -1)
     if empty_rows == "zero":
         weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
     result = _group_rows(weights.to(common), kv_heads) @ values
