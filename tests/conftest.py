@@ -22,6 +22,24 @@ def _seeded():
     torch.manual_seed(0)
 
 
+class Doubled(torch.autograd.Function):
+    """Its backward is deliberately not its derivative: a dropped backward shows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.5
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 100
+
+
+@pytest.fixture
+def doubled():
+    """An autograd function whose gradient is its own."""
+    return Doubled.apply
+
+
 @pytest.fixture
 def triton_device(monkeypatch):
     """Where Triton kernels run: a GPU, or the CPU under Triton's interpreter."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -30,6 +30,9 @@ State = tuple[tuple[str, torch.dtype], ...]
 
 #: meta key of a traced node: the autocast state it ran under
 UNDER = "fxopt_autocast"
+
+#: meta key of a node that has its casts already: it runs with autocast off
+EXPLICIT = "fxopt_explicit"
 
 #: traces until all casts are there: one, and one for each level of composite ops that hide some
 MOST_PASSES = 8
@@ -95,6 +98,17 @@ def _without(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*args)
 
     return without_autocast
+
+
+class Obeying(Interpreter):
+    """Runs a graph and obeys its autocast regions, without a trace that is going on recording them."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.amp.autocast_mode._enter_autocast:
+            return enter(*args)
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return leave(*args)
+        return super().call_function(target, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from fxopt.graph.query import (
     val,
     written_arguments,
 )
-from fxopt.graph.scope import is_random, storages, without_gradients
+from fxopt.graph.scope import gradients_on, is_random, storages, without_gradients
 from fxopt.graph.symbols import same_shape
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def canonicalise(module: GraphModule) -> int:
     dropped = _inactive_dropout(graph)
     written = _written_storages(graph)
     returned = set(graph.output_node().all_input_nodes)
-    differentiated = _may_be_differentiated(graph)
+    differentiated = gradients_on(graph)  # where they can flow, `detach` is no alias
     cut = without_gradients(graph)
     changed = dropped + _scalar_constants(module)
     for node in list(graph.nodes):
@@ -97,11 +97,6 @@ def _inactive_dropout(graph: Graph) -> int:
                 graph.erase_node(node)
                 changed += 1
     return changed
-
-
-def _may_be_differentiated(graph: Graph) -> bool:
-    """Whether gradients can flow anywhere in the graph: where they can, `detach` is no alias."""
-    return torch.is_grad_enabled() or any(n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes)
 
 
 def _written_storages(graph: Graph) -> frozenset[int]:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.graph.autocast import State
-from fxopt.graph.query import val
+from fxopt.graph.query import storage, val
 
 #: ops that may stand in a normal form as one call
 OPAQUE = frozenset(
@@ -77,8 +77,8 @@ def record(node: Node, args: Any, kwargs: Any, mode: FakeTensorMode, on: State) 
 
     `args` and `kwargs` are its arguments in the trace, `on` is the autocast state it runs under. Raises OpaqueError.
     """
-    bodies = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, GraphModule)]
-    if on and bodies and not _runs_once(node):
+    graphs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, GraphModule)]
+    if on and graphs and not _runs_once(node):
         raise OpaqueError(f"{node.name} runs a graph under autocast, whose casts would be lost")
     proxy_mode = get_proxy_mode()
     assert proxy_mode is not None
@@ -86,7 +86,7 @@ def record(node: Node, args: Any, kwargs: Any, mode: FakeTensorMode, on: State) 
     template = node.meta["example_value"] if "example_value" in node.meta else val(node)
     with disable_proxy_modes_tracing():
         results = tree_map(lambda leaf: _rehome(leaf, node, mode), template)
-    for body in bodies:
+    for body in graphs:
         _attach(tracer.root, body)
     proxies = tree_map(tracer.unwrap_proxy, (args, kwargs))
     call = tracer.create_proxy("call_function", node.target, *proxies)
@@ -102,18 +102,12 @@ def _rehome(leaf: Any, node: Node, mode: FakeTensorMode) -> Any:
         return leaf
     if leaf.layout != torch.strided or is_traceable_wrapper_subclass(leaf):
         raise OpaqueError(f"{node.name} returns a tensor that is not a plain strided one")
-    if _home(leaf) in {_home(v) for n in node.all_input_nodes for v in tree_leaves(_value(n))}:
+    if storage(leaf) in {storage(v) for n in node.all_input_nodes for v in tree_leaves(_value(n))}:
         raise OpaqueError(f"{node.name} returns a view of one of its arguments")
     with mode:
         return torch.empty_strided(
             leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device, requires_grad=leaf.requires_grad
         )
-
-
-def _home(value: Any) -> int | None:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
-    return value.untyped_storage()._cdata
 
 
 def _value(node: Node) -> Any:

@@ -71,6 +71,13 @@ def val(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, Node) else node
 
 
+def storage(value: Any) -> int | None:
+    """What identifies the memory of a strided tensor, which its views share; None for any other value."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
+
+
 def is_tensor(node: Any) -> bool:
     """Whether the node's value is one tensor."""
     return isinstance(val(node), Tensor)

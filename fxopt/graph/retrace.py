@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves
 
 from fxopt.graph import autocast
 from fxopt.graph.higher_order import BODY_UNDER, is_opaque, is_region, record
-from fxopt.graph.query import written_arguments
+from fxopt.graph.query import storage, written_arguments
 from fxopt.graph.symbols import same_shape
 
 
@@ -109,7 +109,7 @@ def _copy(fake: Any) -> Any:
     return copied
 
 
-class _Retracer(Interpreter):
+class _Retracer(autocast.Obeying):
     """Runs a graph in a trace: Dynamo's, or one of an earlier trace whose casts are not explicit yet."""
 
     def __init__(self, module: GraphModule, mode: FakeTensorMode) -> None:
@@ -119,7 +119,7 @@ class _Retracer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self.node = n
-        with autocast.marking():
+        with autocast.under(()) if autocast.EXPLICIT in n.meta else contextlib.nullcontext(), autocast.marking():
             return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,10 +132,6 @@ class _Retracer(Interpreter):
         if target is _GET_DATA and not torch.is_grad_enabled():
             # Without gradients `x.data` is `x.detach()`, which a trace can see. With them the trace is discarded.
             return args[0].detach()
-        if target is torch.amp.autocast_mode._enter_autocast:
-            return autocast.enter(*args)
-        if target is torch.amp.autocast_mode._exit_autocast:
-            return autocast.leave(*args)
         if isinstance(target, torch._ops.OpOverload):
             return self.explicit.call(self.node, target, args, kwargs)
         return super().call_function(target, args, kwargs)
@@ -257,9 +253,9 @@ def _difference(module: GraphModule, placeholders: Sequence[Node], traced: _Trac
             return f"output {i} has the shape {tuple(b.shape)} in the trace, {tuple(a.shape)} in the graph"
         if a.requires_grad != b.requires_grad:
             return f"output {i} {'requires' if b.requires_grad else 'does not require'} grad in the trace only"
-        if homes_before.get(_home(a)) != homes_after.get(_home(b)):
+        if homes_before.get(storage(a)) != homes_after.get(storage(b)):
             return f"output {i} aliases another input in the trace than in the graph"
-    named = {homes_after[_home(traced.inputs[i])] for i in traced.written if isinstance(traced.inputs[i], Tensor)}
+    named = {homes_after[storage(traced.inputs[i])] for i in traced.written if isinstance(traced.inputs[i], Tensor)}
     stated = _written_inputs(traced.module, homes_after, stated=True)
     # What an op writes without saying so in its schema shows in the version of a fake tensor only sometimes.
     possible = stated | _written_inputs(traced.module, homes_after, stated=False)
@@ -277,18 +273,12 @@ def _example(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, Node) else node
 
 
-def _home(value: Any) -> int | None:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
-    return value.untyped_storage()._cdata
-
-
 def _homes(values: Sequence[Any]) -> dict[int | None, int]:
     """Storage -> the first input that lives in it."""
     found: dict[int | None, int] = {}
     for i, value in enumerate(values):
-        if _home(value) is not None:
-            found.setdefault(_home(value), i)
+        if storage(value) is not None:
+            found.setdefault(storage(value), i)
     return found
 
 
@@ -300,7 +290,7 @@ def _written_inputs(traced: GraphModule, homes: dict[int | None, int], *, stated
         for node in written_arguments(writer)
         if _states_its_writes(writer) == stated
     ]
-    return {homes[_home(value)] for value in written if _home(value) in homes}
+    return {homes[storage(value)] for value in written if storage(value) in homes}
 
 
 def _states_its_writes(node: Node) -> bool:

@@ -15,18 +15,14 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from fxopt.graph.query import arguments, is_mutable, users, val, written_arguments
+from fxopt.graph.query import arguments, is_mutable, storage, users, val, written_arguments
 
 StorageId = int
 
 
 def storages(node: Any) -> frozenset[StorageId]:
     """The storages that a node's value lives in. Views share the storage of their base, also among fake tensors."""
-    found = set()
-    for leaf in tree_leaves(val(node)):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            found.add(leaf.untyped_storage()._cdata)
-    return frozenset(found)
+    return frozenset(found for leaf in tree_leaves(val(node)) if (found := storage(leaf)) is not None)
 
 
 def is_random(node: Node) -> bool:
@@ -49,20 +45,27 @@ def is_barrier(node: Node) -> bool:
     return makes_tensors or getattr(node.target, "__module__", "") == "torch._C"
 
 
+def gradients_on(graph: Graph) -> bool:
+    """Whether anything in the graph runs with gradients on: they are on around it, or it switches them on itself."""
+    return torch.is_grad_enabled() or any(
+        bool(n.args[0]) for n in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled, sort=False)
+    )
+
+
 def without_gradients(graph: Graph) -> frozenset[Node]:
     """The nodes that run with gradients switched off in a graph that has them elsewhere.
 
     What they return is cut off from what they read, were it the very same tensor.
     """
-    enabled = torch.is_grad_enabled()
-    ever, off = enabled, set()
+    if not gradients_on(graph):
+        return frozenset()
+    enabled, off = torch.is_grad_enabled(), set()
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-            ever |= enabled
         elif not enabled and node.op == "call_function":
             off.add(node)
-    return frozenset(off) if ever else frozenset()
+    return frozenset(off)
 
 
 class Scope:

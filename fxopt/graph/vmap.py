@@ -2,8 +2,9 @@
 
 Dynamo writes a vmap as calls that open a level, wrap and unwrap batched tensors, and close it. A pre-dispatch trace of
 these burns the batched tensors in as constants, and reports success. So the stretch from the call that opens the
-outermost level to the one that closes it is traced by itself, below autograd, and its ops take its place. That is the
-same program unless gradients flow through it: there the graph is turned away.
+outermost level to the one that closes it is traced by itself, below autograd and autocast, and its ops take its place:
+they hold the casts of the place, and run with autocast off. That is the same program unless gradients flow through it:
+there the graph is turned away.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
+from fxopt.graph import autocast
 from fxopt.graph.retrace import RetraceError, burned_in, fake_inputs, quiet_unbacked, unwind_functorch
+
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 
 
 def inline_vmaps(module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
@@ -29,10 +33,14 @@ def inline_vmaps(module: GraphModule, example_inputs: Sequence[Any]) -> GraphMod
         for node in region:
             if any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves(node.meta.get("example_value"))):
                 raise RetraceError(f"gradients flow through the vmap at {node.name}")
+        crossing = next((n for nodes in _borders(region) for n in nodes if n.target is _ENTER_AUTOCAST), None)
+        if crossing is not None:
+            raise RetraceError(f"the autocast region {crossing.name} and a vmap overlap")
     mode, fakes = fake_inputs(module, example_inputs)
     try:
-        with mode, quiet_unbacked(mode), torch.no_grad():
-            values = _Values(module, regions).collect(fakes)
+        with mode, quiet_unbacked(mode), torch.no_grad(), autocast.under(autocast.state()):
+            values = _Values(module, regions)
+            values.collect(fakes)
             traced = [_trace(module, region, values) for region in regions]
     except Exception as error:
         raise RetraceError(f"vmap: {type(error).__name__}: {error}") from error
@@ -66,28 +74,30 @@ def _borders(region: Sequence[Node]) -> tuple[list[Node], list[Node]]:
     return list(used), [node for node in region if any(user not in inside for user in node.users)]
 
 
-class _Values(Interpreter):
-    """Runs the graph on fakes up to its last vmap, for the values that the regions use."""
+class _Values(autocast.Obeying):
+    """Runs the graph on fakes up to its last vmap, for the values that the regions use and their autocast states."""
 
     def __init__(self, module: GraphModule, regions: Sequence[Sequence[Node]]) -> None:
         super().__init__(module)
         self.nodes = list(module.graph.nodes)
         self.wanted = {node for region in regions for node in _borders(region)[0]}
-        self.last = regions[-1][-1]
+        self.first, self.last = {region[0] for region in regions}, regions[-1][-1]
         self.found: dict[Node, Any] = {}
+        self.states: dict[Node, autocast.State] = {}  # of the first node of each region
 
-    def collect(self, fakes: Sequence[Any]) -> dict[Node, Any]:
+    def collect(self, fakes: Sequence[Any]) -> None:
         inputs = iter(fakes)
         for node in self.nodes:
+            if node in self.first:
+                self.states[node] = autocast.state()
             self.env[node] = next(inputs) if node.op == "placeholder" else self.run_node(node)
             if node in self.wanted:
                 self.found[node] = self.env[node]
             if node is self.last:
                 break
-        return self.found
 
 
-def _trace(module: GraphModule, region: Sequence[Node], values: dict[Node, Any]) -> GraphModule:
+def _trace(module: GraphModule, region: Sequence[Node], values: _Values) -> GraphModule:
     """The region as a program of what it uses, in ATen below autograd; it returns what is used of it."""
     sources, results = _borders(region)
     graph = Graph()
@@ -96,8 +106,10 @@ def _trace(module: GraphModule, region: Sequence[Node], values: dict[Node, Any])
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output([copies[node] for node in results])
     program = GraphModule(module, graph)
-    inputs = [v.detach() if isinstance(v, Tensor) else v for v in (values[source] for source in sources)]
-    traced = make_fx(Interpreter(program).run, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*inputs)
+    inputs = [v.detach() if isinstance(v, Tensor) else v for v in (values.found[source] for source in sources)]
+    run = autocast.Obeying(program).run
+    with autocast.under(values.states[region[0]]):
+        traced = make_fx(run, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*inputs)
     if (reason := burned_in(traced)) is not None:
         raise RetraceError(reason)
     return traced
@@ -145,4 +157,5 @@ def _copy(trace: GraphModule, graph: Graph, inputs: Sequence[Any], constants: di
             copies[node] = graph.create_node("get_attr", name)
         elif node.op != "output":
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].meta[autocast.EXPLICIT] = True
     return [copies[leaf] if isinstance(leaf, Node) else leaf for leaf in tree_leaves(trace.graph.output_node().args[0])]

@@ -14,6 +14,7 @@ import torch._inductor.config
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxopt.graph.scope import gradients_on
 from fxopt.lower.outline_memory import NO_REUSE, checked_inner, has_bodies
 from fxopt.options import Options
 
@@ -88,8 +89,4 @@ def warn_once(reason: str) -> None:
 
 def gradients_flow(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Whether the graph may be differentiated: an input asks for gradients and grad mode is on, around it or inside."""
-    if not any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
-        return False
-    return torch.is_grad_enabled() or any(
-        n.target is torch._C._set_grad_enabled and n.args[0] for n in module.graph.nodes
-    )
+    return gradients_on(module.graph) and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)

@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from fxopt.graph.query import module_path, val
+from fxopt.graph.query import module_path, storage, val
 from fxopt.lower.outline_cut import best_cut
 from fxopt.lower.outline_labels import (
     Form,
@@ -234,11 +234,11 @@ class _Body:
             given = [_fresh(val(n)) for n in self.one.operands]
             sizes = [self.symbol_values[s] for s in self.symbols]
             results = Interpreter(self.module).run(*given, *sizes)
-        seen = {_storage(t) for t in given}
+        seen = {storage(t) for t in given}
         for i, result in zip(self.results, results, strict=True):
-            if _storage(result) in seen:
+            if storage(result) in seen:
                 return f"{self.one.nodes[i].name} shares memory with an operand or another result"
-            seen.add(_storage(result))
+            seen.add(storage(result))
         written = next((n for n, t in zip(self.one.operands, given, strict=True) if t._version), None)
         return f"{written.name} is written to" if written is not None else None
 
@@ -305,7 +305,3 @@ def _from_symbols(graph: Graph, value: Any, symbols: Mapping[sympy.Symbol, Node]
 
 def _fresh(value: Tensor) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-
-
-def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata

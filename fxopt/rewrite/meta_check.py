@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import val
+from fxopt.graph.query import storage, val
 from fxopt.graph.symbols import known_equal, same_shape
 
 
@@ -108,18 +108,15 @@ def _shape(value: Tensor) -> str:
 
 
 def _storage(node: Node | None) -> int | None:
-    value = val(node) if node is not None else None
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
     try:
-        return int(value.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # a subclass without storage of its own
+        return storage(val(node))
+    except (RuntimeError, NotImplementedError):  # a wrapper subclass holds tensors, and no memory of its own
         return None
 
 
 def _shared(a: Node, b: Node) -> bool:
-    storage = _storage(a)
-    return storage is not None and storage == _storage(b)
+    home = _storage(a)
+    return home is not None and home == _storage(b)
 
 
 def _outside_alias(node: Node, inside: Collection[Node]) -> Node | None:

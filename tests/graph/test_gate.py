@@ -12,18 +12,6 @@ from torch.utils.checkpoint import checkpoint
 aten = torch.ops.aten
 
 
-class Doubled(torch.autograd.Function):
-    """Its backward is deliberately not its derivative: a dropped backward shows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1.5
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 100
-
-
 def outcome(captured, program, *inputs, grad=False):
     """Result and gradients by eager and through the normal form."""
     results = []
@@ -46,8 +34,8 @@ BF16 = 0.02  # AOTAutograd alone rounds sums and gradients in another order than
 x = torch.randn(4, 4)
 
 
-def test_autograd_function_keeps_its_backward(captured):
-    eager, ours = outcome(captured, lambda x: Doubled.apply(x.sin()) + 1, x, grad=True)
+def test_autograd_function_keeps_its_backward(captured, doubled):
+    eager, ours = outcome(captured, lambda x: doubled(x.sin()) + 1, x, grad=True)
     same(eager, ours)
     assert torch.ops.higher_order.autograd_function_apply in captured.targets()
 
@@ -159,6 +147,31 @@ def test_nested_vmaps_of_a_mask_beside_gradients(captured):
         return torch.where(mask, x @ x, 0).sum() + torch.vmap(lambda i: i + 1)(row).sum()
 
     eager, ours = outcome(captured, program, x, grad=True)
+    same(eager, ours)
+    assert not captured.reasons
+
+
+def test_vmap_in_an_autocast_region_has_the_casts_of_the_place(captured):
+    def program(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.vmap(lambda row: x @ row)(x)
+        return y, torch.vmap(lambda row: x @ row)(x)
+
+    eager, ours = outcome(captured, program, x)
+    same(eager, ours)
+    assert [y.dtype for y in eager[0]] == [torch.bfloat16, torch.float32]
+    assert not captured.reasons
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_switched_off_inside_a_vmap(captured):
+    def rows(row):
+        with torch.autocast("cpu", enabled=False):
+            return x @ row
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, ours = outcome(captured, lambda x: torch.vmap(rows)(x).cos() @ x, x)
+        assert torch.is_autocast_enabled("cpu")
     same(eager, ours)
     assert not captured.reasons
 

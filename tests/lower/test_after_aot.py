@@ -190,24 +190,14 @@ class TestForced:
         torch.testing.assert_close(dropped[kept], 2 * attend(*inputs)[kept])
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1.5
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 100
-
-
 @pytest.mark.usefixtures("without_inductor")
 class TestWrapped:
     """Programs as they come, without force: right, and fused by whichever entry takes them."""
 
     @pytest.mark.parametrize("grad", [False, True])
-    def test_autograd_function(self, grad):
+    def test_autograd_function(self, grad, doubled):
         def program(q, k, v):
-            return attend(Doubled.apply(q), k, v)
+            return attend(doubled(q), k, v)
 
         out, rec = compiled(program, *(inputs := qkv()), grad=grad)
         same(out, program(*inputs))
