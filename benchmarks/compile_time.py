@@ -3,6 +3,7 @@
     python benchmarks/compile_time.py --layers 8 80                      # small widths, on the GPU where there is one
     python benchmarks/compile_time.py --layers 8 32 --shape 8B           # an 8B model's widths: 8 layers are 3.5 GiB
     python benchmarks/compile_time.py --layers 8 80 --decode             # one token with a static cache
+    python benchmarks/compile_time.py --layers 8 --decode --graphs       # the same in CUDA graphs
 
 Each figure is from a process of its own. "cold": all cache directories are new; "warm": a second process, with what
 the first left there. "first call" is the whole first call of the compiled model, capture included; "lower" is what
@@ -39,11 +40,12 @@ SHAPES = {
         "vocab_size": 128256,
     },
 }
-COMPILERS = ("fxopt", "fxopt-off", "inductor")
+OUTLINE = {"fxopt": "auto", "fxopt-off": "off", "fxopt-always": "always"}
+COMPILERS = (*OUTLINE, "inductor")
 COLUMNS = ("first call", "after capture", "lower", "outline", "CPU", "lower CPU", "run ms")
 
 
-def measure(compiler: str, layers: int, shape: str, decode: bool) -> dict[str, float | str]:
+def measure(compiler: str, layers: int, shape: str, decode: bool, graphs: bool) -> dict[str, float | str]:
     import torch
     import torch._dynamo
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -83,10 +85,12 @@ def measure(compiler: str, layers: int, shape: str, decode: bool) -> dict[str, f
     if compiler == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        run = torch.compile(model, backend=timed(compile_fx))
+        patches = {"triton.cudagraphs": graphs}
+        run = torch.compile(model, backend=timed(lambda *given: compile_fx(*given, config_patches=patches)))
     else:
         fxopt.backend.compile_graph = timed(fxopt.backend.compile_graph)
-        run = torch.compile(model, backend="fxopt", options={"outline": "off" if compiler == "fxopt-off" else "auto"})
+        options = {"outline": OUTLINE[compiler], "mode": "reduce-overhead" if graphs else "default"}
+        run = torch.compile(model, backend="fxopt", options=options)
 
     def synchronise() -> None:
         if device == "cuda":
@@ -130,7 +134,7 @@ def _processor_seconds() -> float:
 
 def in_new_process(arguments: argparse.Namespace, compiler: str, layers: int, cache: str) -> dict[str, float | str]:
     command = [sys.executable, "-W", "ignore", __file__, "--one", compiler, "--layers", str(layers)]
-    command += ["--shape", arguments.shape] + ["--decode"] * arguments.decode
+    command += ["--shape", arguments.shape] + ["--decode"] * arguments.decode + ["--graphs"] * arguments.graphs
     fxopt_cache = os.path.join(cache, "fxopt")
     os.makedirs(fxopt_cache, mode=0o700, exist_ok=True)
     caches = {"TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, "inductor"), "FXOPT_CACHE_DIR": fxopt_cache}
@@ -148,13 +152,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[8, 80])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help="in CUDA graphs, as mode='reduce-overhead'")
     parser.add_argument("--compilers", nargs="*", choices=COMPILERS, default=["fxopt", "inductor"])
     parser.add_argument("--cold", action="store_true", help="no warm start")
     parser.add_argument("--one-thread", action="store_true", help="no compiler processes beside the main one")
     parser.add_argument("--one", choices=COMPILERS)
     arguments = parser.parse_args()
     if arguments.one is not None:
-        print(json.dumps(measure(arguments.one, arguments.layers[0], arguments.shape, arguments.decode)))
+        given = arguments.shape, arguments.decode, arguments.graphs
+        print(json.dumps(measure(arguments.one, arguments.layers[0], *given)))
         return
     print("| layers | compiler | cache | bodies' calls | " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * (len(COLUMNS) + 4))
@@ -166,7 +172,7 @@ def main() -> None:
                     found = in_new_process(arguments, compiler, layers, cache)
                     cells = " | ".join(f"{found[column]:.2f}" for column in COLUMNS)
                     print(f"| {layers} | {compiler} | {state} | {found['calls']} | {cells} |", flush=True)
-    kind = "decode" if arguments.decode else "64 tokens"
+    kind = ("decode" if arguments.decode else "64 tokens") + ", CUDA graphs" * arguments.graphs
     print(f"\ntorch {found['torch']}, {found['device']}, shape {arguments.shape}, {kind}")
 
 
