@@ -21,12 +21,15 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fxopt.graph.query import module_path, storage, val
+from fxopt.graph.symbols import hint
 from fxopt.lower.outline_cut import best_cut
 from fxopt.lower.outline_labels import (
     Form,
@@ -227,12 +230,13 @@ class _Body:
         unknown = [s for s in self.symbols if s not in self.symbol_values]
         if unknown:
             return f"no node of the graph has the size {unknown[0]} as its value"
-        mode = detect_fake_mode([val(n) for n in self.one.operands])
-        if mode is None:
-            return "its operands have no fake values"
-        with mode, torch.no_grad():
+        if any(free_unbacked_symbols(val(n)) for n in self.one.operands):
+            return "the size of an operand depends on data"
+        # At the sizes of the first call, and apart from the graph's own: a guard that an op adds there, on the way to
+        # its kernel, would make the compiled code serve fewer sizes.
+        with _disable_current_modes(), FakeTensorMode(), torch.no_grad():
             given = [_fresh(val(n)) for n in self.one.operands]
-            sizes = [self.symbol_values[s] for s in self.symbols]
+            sizes = [hint(self.symbol_values[s]) for s in self.symbols]
             results = Interpreter(self.module).run(*given, *sizes)
         seen = {storage(t) for t in given}
         for i, result in zip(self.results, results, strict=True):
@@ -304,4 +308,5 @@ def _from_symbols(graph: Graph, value: Any, symbols: Mapping[sympy.Symbol, Node]
 
 
 def _fresh(value: Tensor) -> Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    shape, strides = ([hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)

@@ -38,8 +38,8 @@ def _layer(x, w, power=2.0):
     return x + torch.nn.functional.silu(n @ w) @ w.t() * 0.1
 
 
-W = [torch.randn(8, 8) for _ in range(12)]
-X = torch.rand(4, 8)
+W = [torch.randn(8, 8, generator=torch.Generator().manual_seed(i)) * 0.3 for i in range(12)]
+X = torch.rand(4, 8, generator=torch.Generator().manual_seed(12))
 
 
 def _stack(layers, x, *weights):
@@ -57,17 +57,21 @@ def test_layers_become_calls_of_one_body():
     )
 
 
-def test_a_symbolic_size_that_only_layers_ask_for():
-    def layer(x, w):
-        n = x * torch.rsqrt(x.pow(2.0).mean(-1, keepdim=True) + 1e-6)
-        return x + torch.relu((n @ w).reshape(n.shape[0], 2, 4)).flatten(1) @ w.t() * 0.1
-
+def _traced_with_a_symbolic_row_count(layer):
     mode = FakeTensorMode(shape_env=ShapeEnv())
     context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     fakes = [mode.from_tensor(X, symbolic_context=context), *(mode.from_tensor(w, static_shapes=True) for w in W)]
     program = lambda x, *w: _stack(lambda i, x, w: layer(x, w), x, *w)  # noqa: E731
     with mode, torch.no_grad():
-        traced = make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        return make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes), program
+
+
+def test_a_symbolic_size_that_only_layers_ask_for():
+    def layer(x, w):
+        n = x * torch.rsqrt(x.pow(2.0).mean(-1, keepdim=True) + 1e-6)
+        return x + torch.relu((n @ w).reshape(n.shape[0], 2, 4)).flatten(1) @ w.t() * 0.1
+
+    traced, program = _traced_with_a_symbolic_row_count(layer)
     for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
         product, (rows, *others) = node.args
         with traced.graph.inserting_before(node):
@@ -80,6 +84,29 @@ def test_a_symbolic_size_that_only_layers_ask_for():
     for rows in (4, 7):
         x = torch.rand(rows, 8)
         torch.testing.assert_close(found.module(x, *W), program(x, *W))
+
+
+def test_no_size_is_specialised():
+    """Some ops ask about sizes on the way to a kernel; what outlining tries out must not answer for the graph."""
+
+    @torch.library.custom_op("fxopt_test::asks", mutates_args=())
+    def asks(x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+    @asks.register_fake
+    def _(x):
+        return torch.empty_like(x) if x.shape[0] == 4 else x.new_empty(x.shape)
+
+    traced, program = _traced_with_a_symbolic_row_count(lambda x, w: torch.relu(_layer(x, w)))
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+        node.target = torch.ops.fxopt_test.asks.default
+    (body,) = (found := outline(traced)).bodies
+    assert body.calls >= 10
+    rows = next(iter(traced.graph.nodes)).meta["val"].shape[0]
+    assert rows.node.expr.is_Symbol
+    assert not rows.node.shape_env.guards
+    x = torch.rand(7, 8)
+    torch.testing.assert_close(found.module(x, *W), program(x, *W))
 
 
 def test_a_weight_that_all_layers_share_is_handed_to_each():
