@@ -46,13 +46,14 @@ def canonicalise(module: GraphModule) -> int:
     dropped = _inactive_dropout(graph)
     written = _written_storages(graph)
     returned = set(graph.output_node().all_input_nodes)
+    given_out = frozenset[int]().union(*map(storages, returned))
     differentiated = gradients_on(graph)  # where they can flow, `detach` is no alias
     cut = without_gradients(graph)
     changed = dropped + _scalar_constants(module)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        same = _identity(node, written)
+        same = _identity(node, written, given_out)
         if node.target is aten.detach.default and not differentiated:
             same = node.args[0]
         if node in cut and same not in cut:
@@ -107,8 +108,8 @@ def _written_storages(graph: Graph) -> frozenset[int]:
     return frozenset(written)
 
 
-def _identity(node: Node, written: frozenset[int]) -> Node | None:
-    """The argument that `node` is the same as, or None."""
+def _identity(node: Node, written: frozenset[int], given_out: frozenset[int]) -> Node | None:
+    """The argument that `node` is the same as, or None. The sets are the storages written to, and those returned."""
     source = node.args[0] if node.args else None
     if not isinstance(source, Node) or not is_tensor(node) or not is_tensor(source):
         return None
@@ -127,8 +128,9 @@ def _identity(node: Node, written: frozenset[int]) -> Node | None:
         return source
     if permutation(node) == tuple(range(before.dim())):
         return source
-    if node.target is aten.mul.Tensor and _is_one(node.args[1]) and not storages(source) & written:
-        return source
+    if node.target is aten.mul.Tensor and _is_one(node.args[1]):
+        told_apart = storages(source) & written or storages(node) & (written | given_out)
+        return None if told_apart else source
     return None
 
 

@@ -294,8 +294,16 @@ def _written_inputs(traced: GraphModule, homes: dict[int | None, int], *, stated
 
 
 def _states_its_writes(node: Node) -> bool:
+    """Whether the schema of the op says what it writes, and version counters count it.
+
+    They count in-place and out= ops. ATen ops that write to something beside what they return (running statistics) go
+    uncounted.
+    """
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+    if schema is None or not schema.is_mutable:
+        return False
+    beside = not schema.name.endswith("_") and not any(a.is_out for a in schema.arguments)
+    return not (beside and schema.name.startswith("aten::"))
 
 
 def _all_static(a: Tensor, b: Tensor) -> bool:

@@ -56,6 +56,18 @@ def test_a_view_that_is_written_to_stays_a_view(captured):
     torch.testing.assert_close(captured.run(program, x), program(x))
 
 
+def test_a_product_with_one_is_a_copy(captured):
+    def program(x):
+        y = x * 1
+        y.add_(1)
+        return y, (x * 1).view(-1)
+
+    x = torch.zeros(3)
+    y, view = captured.run(program, x)
+    assert (x.tolist(), y.tolist()) == ([0.0] * 3, [1.0] * 3)
+    assert view.data_ptr() != x.data_ptr()
+
+
 def test_in_place_on_a_value_with_views_is_left_alone(captured):
     def program(x):
         y = x.sin()

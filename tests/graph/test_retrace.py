@@ -159,15 +159,32 @@ def test_graph_break(captured):
     assert len(captured.graphs) == 2
 
 
-def test_batch_norm_writes_to_its_statistics(captured):
-    def program(x, mean, var):
-        return torch.nn.functional.batch_norm(x, mean, var, training=True).relu(), mean * 1
+BATCH_NORMS = {
+    "functional": lambda x, mean, var: torch.nn.functional.batch_norm(x, mean, var, training=True),
+    "instances": lambda x, mean, var: torch.instance_norm(x[..., None], None, None, mean, var, True, 0.1, 1e-5, False),
+    "native": lambda x, mean, var: torch.native_batch_norm(x, None, None, mean, var, True, 0.1, 1e-5)[0],
+    "in its schema": lambda x, *stats: aten._native_batch_norm_legit(x, None, None, *stats, True, 0.1, 1e-5)[0],
+    "in its schema only": lambda x, *stats: aten._native_batch_norm_legit(x, None, None, *stats, False, 0, 1e-5)[0],
+    "with update": lambda x, mean, var: aten._batch_norm_with_update(x, mean + 1, mean * 1, mean, var, 0.1, 1e-5)[0],
+}
 
-    mine, theirs = [[torch.randn(4, 3), torch.zeros(3), torch.ones(3)] for _ in range(2)]
-    theirs[0] = mine[0].clone()
-    torch.testing.assert_close(captured.run(program, *mine), program(*theirs))
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_batch_norm_writes_to_its_statistics(captured, name, grad):
+    def program(x, mean, var):
+        return BATCH_NORMS[name](x, mean, var).sin(), mean * 1
+
+    mine = [torch.randn(4, 3, 2, requires_grad=grad), torch.zeros(3), torch.ones(3)]
+    theirs = [t.detach().clone().requires_grad_(t.requires_grad) for t in mine]
+    for run, inputs in ((lambda *a: captured.run(program, *a), mine), (program, theirs)):
+        outputs = run(*inputs)
+        if grad:
+            (gradient,) = torch.autograd.grad(outputs[0].sum(), inputs[0])
+            outputs += (gradient,)
+        inputs += outputs
     torch.testing.assert_close(mine, theirs)
-    assert captured.graphs
+    assert captured.graphs, captured.reasons
 
 
 def test_writing_through_data_without_gradients(captured):
