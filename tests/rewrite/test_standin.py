@@ -142,3 +142,14 @@ def test_equal_layers_have_one_signature():
     assert signature(lambda x, w: F.linear(x, w).clamp(0), empty(8, 32), empty(32, 32)) != signature(
         lambda x, w: F.linear(x, w).clamp(1), empty(8, 32), empty(32, 32)
     )
+
+
+def test_isolated_runs_on_few_threads_and_puts_them_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with isolated():
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
