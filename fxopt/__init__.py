@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fxopt.view.record import record as record
     from fxopt.view.report import Report as Report
     from fxopt.view.report import Site as Site
+    from fxopt.view.show import view as view
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ _HOMES = {
     "record": "fxopt.view.record",
     "Report": "fxopt.view.report",
     "Site": "fxopt.view.report",
+    "view": "fxopt",  # the package itself, which can be called
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -73,6 +75,8 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
+    if name == "view":
+        return importlib.import_module("fxopt.view")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

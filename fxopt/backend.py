@@ -45,7 +45,7 @@ from fxopt.rewrite.fusion import Fusion, Precision, Verdict
 from fxopt.rewrite.plugins import fusions
 from fxopt.rewrite.verify import Verifier
 from fxopt.view.recall import keep, recall
-from fxopt.view.record import publish, recording
+from fxopt.view.record import drawn, publish, recording
 from fxopt.view.report import AFTER_AOT, GraphReport, Site
 
 log = logging.getLogger(__name__)
@@ -188,8 +188,9 @@ def _after_aot(
 
 def _fuse(part: GraphModule, selected: Sequence[Fusion], verifier: Verifier, report: GraphReport) -> int:
     """Apply the fusions to a normal form, in place; the number of applications that stand."""
-    outcome = run_fusions(part, selected, verifier)
-    report.steps += outcome.steps
+    with drawn(part, report):
+        outcome = run_fusions(part, selected, verifier)
+        report.steps += outcome.steps
     report.misses += outcome.misses
     for stage, seconds in outcome.seconds.items():
         report.seconds[stage] = report.seconds.get(stage, 0.0) + seconds
@@ -261,6 +262,7 @@ def _site(choice: Choice) -> Site:
         module=made_by.module if made_by else None,
         verdict=made_by.verdict if made_by else Verdict("unchecked"),
         passed_over=choice.passed_over,
+        node=choice.node,
     )
 
 

@@ -16,8 +16,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.fx import GraphModule
+
 from fxopt.view import trace
-from fxopt.view.report import GraphReport, Report
+from fxopt.view.drawing import Sketch, sketch
+from fxopt.view.report import GraphReport, Part, Report
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,28 @@ def record() -> Iterator[Report]:
 def recording() -> bool:
     """Whether anybody listens (a recorder, or torch's structured trace), so that costly strings are worth making."""
     return bool(_open) or trace.tracing()
+
+
+@contextmanager
+def drawn(module: GraphModule, report: GraphReport) -> Iterator[None]:
+    """Draw `module` before and after the block rewrites it, into `report`; nothing is drawn where nobody listens."""
+    before, first = _sketch(module) if recording() else None, len(report.steps)
+    yield
+    after = _sketch(module) if before is not None else None
+    if before is None or after is None:
+        return
+    steps = range(first, len(report.steps))
+    savings = {i: saving for i in steps if (saving := before.saving(after, report.steps[i])) is not None}
+    report.parts.append(Part(before.drawing, after.drawing, (first, len(report.steps)), savings))
+    report.dims |= before.dims
+
+
+def _sketch(module: GraphModule) -> Sketch | None:
+    try:
+        return sketch(module)
+    except Exception:  # a drawing that can't be made must not cost the user the compilation
+        log.warning("a graph could not be drawn", exc_info=True)
+        return None
 
 
 def publish(graph: GraphReport) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxopt.match.miss import NearMiss
 from fxopt.rewrite.fusion import Step, Verdict
+from fxopt.view.drawing import Drawing, Saving
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,6 +22,7 @@ class Site:
 
     implementation: "sdpa" | "triton" | "aten" | "decomposed" | "reference" (the unfused arithmetic under a new name)
     passed_over: (implementation, objection) of those that came before it
+    node: the fused op's node, as a step's `made` names it
     """
 
     fusion: str
@@ -30,6 +32,21 @@ class Site:
     module: str | None
     verdict: Verdict
     passed_over: tuple[tuple[str, str], ...] = ()
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The graph itself, or one that it holds (a checkpointed region), drawn before and after its rewrites.
+
+    steps: (first, last + 1) of the graph report's steps that are its own
+    savings: index of a step -> what it saves
+    """
+
+    before: Drawing
+    after: Drawing
+    steps: tuple[int, int] = (0, 0)
+    savings: dict[int, Saving] = field(default_factory=dict)
 
 
 #: where a graph was taken up: Dynamo's own, retraced, or AOTAutograd's
@@ -45,6 +62,8 @@ class GraphReport:
     seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
     generated: name -> source of code generated for this graph
     outlined: layers that were compiled once, in words -> how many times they repeat
+    parts: the drawings, where somebody listened
+    dims: symbolic dimension -> where it comes from, and its size at the first call
     """
 
     name: str
@@ -63,6 +82,8 @@ class GraphReport:
     lowering: str = ""  # "inductor" or "eager", with the mode
     notes: list[str] = field(default_factory=list)
     outlined: dict[str, int] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list, repr=False)
+    dims: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

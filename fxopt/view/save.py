@@ -1,30 +1,34 @@
-"""A report as a file: JSON to load again, text to read, or one page that needs neither network nor script.
+"""A report as a file: JSON to load again, text to read, or one page that needs no network.
 
 A file appears whole or not at all: it is written beside its place under another name and then moved there.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import html
 import json
 import math
 import os
 import uuid
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxopt.match.miss import NearMiss
 from fxopt.rewrite.fusion import Step, Verdict
 from fxopt.view import text
-from fxopt.view.report import GraphReport, Site
+from fxopt.view.drawing import Drawing, Saving
+from fxopt.view.report import GraphReport, Part, Site
 
 if TYPE_CHECKING:
     from fxopt.view.report import Report
 
 #: raised whenever a field changes its meaning, so that an old file is refused and not misread
-SCHEMA = 1
+SCHEMA = 2
 
 
 def save(report: Report, path: str | os.PathLike[str]) -> Path:
@@ -79,11 +83,18 @@ def load(path: str | os.PathLike[str]) -> Report:
 
 
 def page(report: Report) -> str:
-    """One self-contained HTML page: what came from a model is escaped, nothing is fetched, no script runs."""
+    """One self-contained HTML page to step through the rewrites; without scripts it is the report as tables.
+
+    What came from a model is escaped, nothing is fetched, and by the page's own policy no script runs but this one.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def asset(name: str) -> Markup:
+        return Markup(files("fxopt.view").joinpath("assets", name).read_text(encoding="utf-8").strip())  # our own
 
     environment = Environment(
-        loader=PackageLoader("fxopt.view", "."),
+        loader=PackageLoader("fxopt.view", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -91,23 +102,43 @@ def page(report: Report) -> str:
         finalize=lambda value: text.clean(value) if type(value) is str else value,
     )
     environment.filters.update(short=text.short_source, verdict=text.verdict, seconds=text.duration, failed=text.failed)
-    return environment.get_template("report.html.j2").render(
+    script = asset("page.js")
+    return environment.get_template("page.html.j2").render(
         report=report,
         summary=text.summary(report),
         fused=text.fused(report),
         raised=text.raised(report),
         misses=text.grouped_misses(report.misses),
         generated=any(graph.generated for graph in report.graphs),
+        data=Markup(page_data(report)),
+        style=asset("page.css"),
+        dagre=asset("dagre.min.js"),
+        layout=asset("layout.js"),
+        script=script,
+        digest=Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
     )
+
+
+def page_data(report: Report) -> str:
+    """The report as the page's script reads it: JSON that is safe inside of a script element.
+
+    The graphs as text are left out: the page has them in its tables.
+    """
+    data = to_dict(report)
+    for graph in data["graphs"]:
+        graph["before"] = graph["after"] = ""
+    encoded = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def frame(report: Report) -> str:
     """The page inside of a sandboxed frame, for notebooks: its style stays within, and it can reach nothing outside."""
-    return f'<iframe sandbox="" srcdoc="{html.escape(page(report))}" style="width:100%;height:40rem;border:0"></iframe>'
+    style = "width:100%;height:44rem;border:1px solid #8884;border-radius:6px"
+    return f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(page(report))}" style="{style}"></iframe>'
 
 
 def _json(report: Report) -> str:
-    return json.dumps(to_dict(report), indent=1, allow_nan=False) + "\n"
+    return json.dumps(to_dict(report), separators=(",", ":"), allow_nan=False) + "\n"
 
 
 _FORMS: dict[str, Callable[[Report], str]] = {
@@ -139,8 +170,20 @@ def _graph(data: Mapping[str, Any]) -> GraphReport:
         "misses": [NearMiss(**miss) for miss in data["misses"]],
         "sites": [_site(site) for site in data["sites"]],
         "seconds": {stage: float(seconds) for stage, seconds in data["seconds"].items()},
+        "parts": [_part(part) for part in data["parts"]],
     }
     return GraphReport(**{**data, **lists})
+
+
+def _part(data: Mapping[str, Any]) -> Part:
+    first, last = data["steps"]
+    savings = {int(step): Saving(**saving) for step, saving in data["savings"].items()}
+    return Part(_drawing(data["before"]), _drawing(data["after"]), (first, last), savings)
+
+
+def _drawing(data: Mapping[str, Any]) -> Drawing:
+    columns = {name: tuple(column) for name, column in data.items()}
+    return Drawing(**{**columns, "inputs": tuple(map(tuple, data["inputs"]))})
 
 
 def _step(data: Mapping[str, Any]) -> Step:

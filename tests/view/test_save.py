@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
@@ -26,14 +28,20 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.text = ""
+        self.shown = True
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.shown = tag not in ("script", "style")
         self.attributes += attributes
 
+    def handle_endtag(self, tag):
+        self.shown = True
+
     def handle_data(self, data):
-        self.text += data
+        if self.shown:
+            self.text += data
 
 
 @pytest.fixture
@@ -108,8 +116,8 @@ def test_json_of_odd_tags(tmp_path, make):
         ('{"graphs": []}', "no schema version"),
         ("[]", "not an fxopt report"),
         ("{", "Expecting"),
-        ('{"schema": 1, "graphs": [{"name": "g"}]}', "damaged: KeyError"),
-        ('{"schema": 1}', "damaged"),
+        ('{"schema": 2, "graphs": [{"name": "g"}]}', "damaged: KeyError"),
+        ('{"schema": 2}', "damaged"),
     ],
 )
 def test_what_is_not_a_report_is_refused_by_name(content, message, tmp_path):
@@ -178,26 +186,40 @@ def test_page_tells_a_form_given_back_from_a_failure(make):
     assert ["undone" in page for page in shown] == [False, True]
 
 
-def test_page_fetches_nothing_and_runs_nothing(report, hostile, tmp_path):
+def test_page_fetches_nothing_and_runs_one_script_of_its_own(report, hostile, tmp_path):
     for each in (report, hostile, Report()):
-        page = Page(each.save(tmp_path / "r.html").read_text())
-        assert not {"script", "link", "img", "iframe", "object", "form"} & set(page.tags)
+        html = each.save(tmp_path / "r.html").read_text()
+        page = Page(html)
+        assert not {"link", "img", "iframe", "object", "form"} & set(page.tags)
         assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "style")]
+        (policy,) = [value for name, value in page.attributes if name == "content" and "default-src" in (value or "")]
+        assert policy.startswith("default-src 'none'; ")
+        script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'; worker-src blob:" in policy
 
 
 def test_hostile_strings_stay_text_in_the_page(hostile, tmp_path):
     html = hostile.save(tmp_path / "r.html").read_text()
     page = Page(html)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 4  # data, dagre, layout, the page's own
     assert page.tags.count("b") == len(hostile.graphs)  # the page's own: each graph's name
     assert page.text.count("</script></pre><b>bold</b>") >= 20
     assert "{{ 7 * 7 }}" in page.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", html)
 
 
+def test_the_script_reads_what_the_json_has(hostile):
+    data = hostile.to_dict()
+    for graph in data["graphs"]:
+        graph["before"] = graph["after"] = ""  # as text they are in the page already
+    assert json.loads(save.page_data(hostile)) == json.loads(json.dumps(data))
+    assert not {"<", ">", "&"} & set(save.page_data(hostile))
+
+
 def test_notebook_shows_the_page_in_a_sandboxed_frame(hostile):
     frame = Page(hostile._repr_html_())
     assert frame.tags == ["iframe"]
     attributes = dict(frame.attributes)
-    assert attributes["sandbox"] == ""
+    assert attributes["sandbox"] == "allow-scripts"  # and not the notebook's own origin
     assert attributes["srcdoc"] == save.page(hostile)
