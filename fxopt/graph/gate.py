@@ -15,15 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.graph.higher_order import is_opaque, is_region
-
-#: what Dynamo makes of torch.vmap; graph/vmap.py takes it out of the graph
-VMAP_CALLS = (
-    "lazy_load_decompositions",
-    "_vmap_increment_nesting",
-    "_add_batch_dim",
-    "_remove_batch_dim",
-    "_vmap_decrement_nesting",
-)
+from fxopt.graph.levels import is_transform_call
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, torch._subclasses.FakeTensor)
 
@@ -78,8 +70,8 @@ def _node(node: Node) -> str | None:
         return f"higher-order op {target._name}"
     name = getattr(target, "__name__", "")
     home = getattr(target, "__module__", "") or ""
-    if name in VMAP_CALLS:
-        return None
+    if is_transform_call(node):
+        return None  # graph/transforms.py takes it out of the graph
     if home.startswith(("torch._functorch", "torch._C._functorch")) or "functorch" in home:
         return f"a torch.func transform ({name})"
     if isinstance(target, type) and issubclass(target, torch.autograd.Function):
@@ -87,6 +79,4 @@ def _node(node: Node) -> str | None:
     owner = getattr(target, "__self__", None)
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return f"the autograd function {owner.__name__}: the retrace would drop its backward"
-    if name in ("_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable"):
-        return "saved-tensor hooks are switched inside the graph"
     return None

@@ -14,7 +14,7 @@ from fxopt.graph import autocast
 from fxopt.graph.gate import refusal
 from fxopt.graph.higher_order import BODY_UNDER, bodies
 from fxopt.graph.retrace import RetraceError, retrace
-from fxopt.graph.vmap import inline_vmaps
+from fxopt.graph.transforms import inline_transforms
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def normal_forms(module: GraphModule, example_inputs: Sequence[Any]) -> list[Gra
 
     Raises RetraceError where the first would not be the same program.
     """
-    normal = retrace(inline_vmaps(module, example_inputs), example_inputs)
+    normal = retrace(inline_transforms(module, example_inputs), example_inputs)
     return [normal, *_bodies(normal)]
 
 

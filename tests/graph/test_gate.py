@@ -133,61 +133,6 @@ def test_selective_checkpointing_keeps_its_ops(captured):
     assert aten.softmax.int not in captured.targets()  # left as Dynamo made it
 
 
-def test_vmap_becomes_batched_ops(captured):
-    eager, ours = outcome(captured, lambda x: torch.vmap(lambda row: row.softmax(0) * row.sum())(x).cos(), x)
-    same(eager, ours)
-    assert not captured.reasons
-    assert aten.cos.default in captured.targets()
-
-
-def test_nested_vmaps_of_a_mask_beside_gradients(captured):
-    def program(x):
-        row = torch.arange(4)
-        mask = torch.vmap(lambda i: torch.vmap(lambda j: (i >= j) & (j != 1))(row))(row)
-        return torch.where(mask, x @ x, 0).sum() + torch.vmap(lambda i: i + 1)(row).sum()
-
-    eager, ours = outcome(captured, program, x, grad=True)
-    same(eager, ours)
-    assert not captured.reasons
-
-
-def test_vmap_in_an_autocast_region_has_the_casts_of_the_place(captured):
-    def program(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = torch.vmap(lambda row: x @ row)(x)
-        return y, torch.vmap(lambda row: x @ row)(x)
-
-    eager, ours = outcome(captured, program, x)
-    same(eager, ours)
-    assert [y.dtype for y in eager[0]] == [torch.bfloat16, torch.float32]
-    assert not captured.reasons
-    assert not torch.is_autocast_enabled("cpu")
-
-
-def test_autocast_switched_off_inside_a_vmap(captured):
-    def rows(row):
-        with torch.autocast("cpu", enabled=False):
-            return x @ row
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        eager, ours = outcome(captured, lambda x: torch.vmap(rows)(x).cos() @ x, x)
-        assert torch.is_autocast_enabled("cpu")
-    same(eager, ours)
-    assert not captured.reasons
-
-
-def test_vmap_that_gradients_flow_through(captured):
-    eager, ours = outcome(captured, lambda x: torch.vmap(lambda row: row.softmax(0))(x).sum(), x, grad=True)
-    same(eager, ours)
-    assert "gradients flow through the vmap" in captured.reasons[0]
-
-
-def test_func_grad(captured):
-    eager, ours = outcome(captured, lambda x: torch.func.grad(lambda y: y.sin().sum())(x), x)
-    same(eager, ours)
-    assert captured.reasons
-
-
 def test_cond(captured):
     def program(x):
         return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))
