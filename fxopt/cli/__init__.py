@@ -1,4 +1,4 @@
-"""The command line: `fxopt demo | explain | passes | doctor`.
+"""The command line: `fxopt demo | inspect | explain | diff | passes | doctor`.
 
 What is wrong with the user's input is said in one line, with what to do, and ends with exit code 2. torch and
 transformers are imported inside the commands: `fxopt --help` answers at once.
@@ -25,7 +25,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
+app.command("inspect")(explain.inspect)
 app.command("explain")(explain.explain)
+app.command("diff")(explain.diff)
 app.command("passes")(passes.passes)
 app.command("doctor")(doctor.doctor)
 

@@ -123,8 +123,8 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report in the form that the suffix names: .html (a page), .json (data) or .txt (the table).
 
-        Parent folders are made; the file appears whole or not at all. Returns the path. Raises ValueError for another
-        suffix.
+        The rewritten graphs alone are written as .graphml or .dot (needs networkx). Parent folders are made; the file
+        appears whole or not at all. Returns the path. Raises ValueError for another suffix.
         """
         from fxopt.view.save import save
 

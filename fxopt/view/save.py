@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxopt.match.miss import NearMiss
 from fxopt.rewrite.fusion import Step, Verdict
-from fxopt.view import text
+from fxopt.view import export, text
 from fxopt.view.drawing import Drawing, Saving
 from fxopt.view.report import GraphReport, Part, Site
 
@@ -145,6 +145,8 @@ _FORMS: dict[str, Callable[[Report], str]] = {
     ".json": _json,
     ".txt": lambda report: text.render(report) + "\n",
     ".html": page,
+    ".graphml": lambda report: export.graphml(report),
+    ".dot": lambda report: export.dot(report),
 }
 
 

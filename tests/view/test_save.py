@@ -130,7 +130,7 @@ def test_what_is_not_a_report_is_refused_by_name(content, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["r.pdf", "r", "json"])
 def test_unknown_suffix_names_the_known_ones(report, name, tmp_path):
-    with pytest.raises(ValueError, match=r"one of \.html, \.json, \.txt"):
+    with pytest.raises(ValueError, match=r"one of \.dot, \.graphml, \.html, \.json, \.txt"):
         report.save(tmp_path / "new" / name)
     assert not (tmp_path / "new").exists()
 
