@@ -188,7 +188,9 @@ class FusedOp:
         device = next(a.device for a in args if isinstance(a, Tensor))
         chosen, _ = self.select(Target(device=device, compiled=False), *args)
         result = chosen.run(*args)
-        return result.contiguous() if self.contiguous else result
+        if not self.contiguous:
+            return result
+        return tuple(r.contiguous() for r in result) if isinstance(result, (tuple, list)) else result.contiguous()
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
         """Gradients of the reference, recomputed from the saved inputs; differentiable where they are asked to be."""
@@ -227,7 +229,7 @@ def fused_op(
     """Define the op `schema` ("name(arguments) -> results"); the decorated function is its reference.
 
     `sources` are further files whose edits must make cached code stale (templates, shared kernels). `contiguous` says
-    that the one result is contiguous, as the fake states, although transparent implementations may return any strides.
+    that all results are contiguous, as the fake states, although transparent implementations may return any strides.
     Raises ValueError where the schema's arguments and the reference's parameters differ in name or order, and where one
     of `sources` is not a file.
     """
