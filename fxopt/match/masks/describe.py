@@ -1,0 +1,139 @@
+"""Masks in words, for reports: "causal, window 1024, keys padded (attention_mask)"."""
+
+from __future__ import annotations
+
+import re
+
+from fxopt.match.masks.conditions import FALSE, TRUE, All, Condition, Constant, Eq, Le, Ne
+from fxopt.match.masks.forms import Apply, Atom, Coordinate, Form, Max, Quotient, Read, Size, elements
+from fxopt.match.masks.program import MaskProgram
+from fxopt.match.masks.values import Cases, Operand, Value, atoms
+
+#: words for what rows without a live key come to
+_EMPTY = {
+    "uniform": "empty rows uniform",
+    "nan": "empty rows NaN",
+    "mixed": "empty rows of two kinds",
+    "boolean": "rows may be empty",
+}
+
+
+def describe(program: MaskProgram) -> str:
+    """The program in a line of words."""
+    words = [*_bounds(program)]
+    words += [f"chunks of {chunk.size}" for chunk in program.chunks]
+    words += [f"segments by {_names(segment.condition)}" for segment in program.segments]
+    if program.key_padding is not TRUE:
+        words.append(f"keys padded ({_names(program.key_padding)})")
+    if program.residual is FALSE:
+        words.append("no key is live")
+    elif program.residual is not TRUE:
+        words.append(f"where {show(program.residual)}")
+    if not words:
+        words.append("every key is live")
+    if program.bias is not None:
+        words.append(f"a bias over ({', '.join(sorted(program.bias_depends)) or 'nothing'})")
+    if program.empty_rows != "never":
+        words.append(_EMPTY[program.empty_rows])
+    return ", ".join(words)
+
+
+def _bounds(program: MaskProgram) -> list[str]:
+    lower, upper, row = program.lower, program.upper, program.coordinates[-2]
+    words: list[str] = []
+    if upper is not None:
+        ahead = upper - row
+        largest = upper.atom
+        if upper is row:
+            words.append("causal")
+        elif isinstance(largest, Max) and row in largest.members:
+            rest = [show(m + 1) for m in largest.members if m is not row]
+            words.append(f"causal after a prefix of {', '.join(rest)}")
+        elif row.atom is not None and upper.coefficient(row.atom) == 1 and not ahead.is_number:
+            words.append(f"causal from {show(ahead)} on")
+        elif not ahead.is_number or row.is_number:
+            words.append(f"keys up to {show(upper)}")
+    if lower is not None:
+        behind = row - lower
+        if upper is not None and (upper - lower).is_number and not row.is_number:
+            width = (upper - lower).constant + 1
+            both = (upper - row).is_number and (upper - row).constant == behind.constant
+            words.append(f"window of {behind.constant} on both sides" if both else f"window {width}")
+        elif behind.is_number and not row.is_number:
+            words.append(f"not before the last {behind.constant + 1}")
+        else:
+            words.append(f"keys from {show(lower)} on")
+    elif upper is not None and not words:
+        words.append(f"causal, {(upper - row).constant:+d}")
+    return words
+
+
+def _names(condition: Condition) -> str:
+    """The names of the tensors that a condition is about."""
+    found = dict.fromkeys(_name(read) for read in elements(atoms(condition)))
+    return ", ".join(found) or show(condition)
+
+
+def _name(read: Read) -> str:
+    return re.sub(r"^l_(kwargs_|args_)?|_$", "", read.node.name)
+
+
+# As formulas
+
+
+def show(value: Value | Form | Atom) -> str:
+    """A form, condition or value as a formula."""
+    if isinstance(value, Form):
+        return _form(value)
+    if isinstance(value, Cases):
+        return "{" + ", ".join(f"{_scalar(s)}: {show(c)}" for s, c in value.pieces) + "}"
+    if isinstance(value, Constant):
+        return str(value.value).lower()
+    if isinstance(value, Le):
+        return _comparison(value.form, "<=")
+    if isinstance(value, Eq):
+        return _comparison(value.form, "=")
+    if isinstance(value, Ne):
+        return _comparison(value.form, "!=")
+    if isinstance(value, (Coordinate, Size, Read, Quotient, Max, Apply)):
+        return _atom(value)
+    joined = (" and " if isinstance(value, All) else " or ").join(
+        f"({show(part)})" if hasattr(part, "parts") else show(part) for part in value.parts
+    )
+    return joined
+
+
+def _scalar(scalar: float | Form | Read | Apply) -> str:
+    return f"{scalar:g}" if isinstance(scalar, float) else show(scalar)
+
+
+def _comparison(form: Form, sign: str) -> str:
+    """Positive terms on the left, negative ones on the right."""
+    left = Form.of(tuple(t for t in form.terms if t[1] > 0), max(form.constant, 0))
+    right = Form.of(tuple((a, -k) for a, k in form.terms if k < 0), max(-form.constant, 0))
+    return f"{_form(left)} {sign} {_form(right)}"
+
+
+def _form(form: Form) -> str:
+    terms = sorted(form.terms, key=lambda term: term[1] < 0)
+    text = "".join(f"{' + ' if k > 0 else ' - '}{f'{abs(k)}·' if abs(k) != 1 else ''}{_atom(a)}" for a, k in terms)
+    if form.constant or not terms:
+        text += f" {'+' if form.constant >= 0 else '-'} {abs(form.constant)}"
+    text = text.strip()
+    return text[2:] if text.startswith("+ ") else "-" + text[2:] if text.startswith("- ") else text
+
+
+def _atom(atom: Atom) -> str:
+    if isinstance(atom, Coordinate):
+        return atom.name
+    if isinstance(atom, Size):
+        return str(atom.expression)
+    if isinstance(atom, Read):
+        return f"{_name(atom)}[{', '.join(map(_form, atom.index))}]" if atom.index else _name(atom)
+    if isinstance(atom, Quotient):
+        numerator = _form(atom.numerator)
+        return f"{numerator if atom.numerator.atom is not None else f'({numerator})'} // {atom.divisor}"
+    if isinstance(atom, Max):
+        return f"max({', '.join(map(_form, atom.members))})"
+    name = str(getattr(atom.target, "__name__", atom.target)).split(".")[0]
+    return f"{name}({', '.join(show(o.value) if isinstance(o, Operand) else str(o) for o in atom.operands)})"
