@@ -42,6 +42,7 @@ from fxopt.options import Options
 from fxopt.rewrite import verdicts
 from fxopt.rewrite.driver import run_fusions
 from fxopt.rewrite.fusion import Fusion, Precision, Verdict
+from fxopt.rewrite.guard import GraphBroken
 from fxopt.rewrite.plugins import fusions
 from fxopt.rewrite.verify import Verifier
 from fxopt.view.recall import keep, recall
@@ -70,7 +71,7 @@ def fxopt(
     report = GraphReport(name=f"graph {next(_numbers)}", nodes=len(module.graph.nodes))
     report.lowering = f"inductor, mode={chosen.mode}"
     try:
-        run = _rewritten(module, example_inputs, known, chosen, report)
+        run = _without_broken(module, example_inputs, known, chosen, report)
     except torch._dynamo.exc.RestartAnalysis:
         raise  # Dynamo is asked to capture the graph again: this one never was
     except Exception as error:
@@ -94,6 +95,25 @@ def reset() -> None:
 
 
 fxopt.reset = reset  # type: ignore[attr-defined]
+
+
+def _without_broken(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    known: Mapping[str, Fusion],
+    options: Options,
+    report: GraphReport,
+) -> Callable[..., Any] | None:
+    """`_rewritten`, begun again without a fusion that changed the graph by itself."""
+    while True:
+        try:
+            return _rewritten(module, example_inputs, known, options, report)
+        except GraphBroken as error:
+            log.warning("fxopt compiles %s without a fusion: %s", report.name, error)
+            known = {name: fusion for name, fusion in known.items() if name != error.fusion}
+            clean = GraphReport(report.name, nodes=report.nodes, lowering=report.lowering)
+            clean.notes = [*report.notes, f"left out: {error}"]
+            vars(report).update(vars(clean))
 
 
 def _rewritten(
@@ -162,8 +182,12 @@ def _after_aot(
         if recording():
             report.before += _text([normal])
         with autocast.off():  # AOTAutograd has made casts of it
-            if not _fuse(normal, selected, verifier, report):
-                return False
+            try:
+                if not _fuse(normal, selected, verifier, report):
+                    return False
+            except GraphBroken as error:  # AOTAutograd's own graph is still there, and is compiled
+                report.notes.append(f"left as it was: {error}")
+                raise
             _place([normal], verifier.target, report)
         return True
 

@@ -19,13 +19,15 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from fxopt.graph.query import SHADOW, module_path, source_line
+from fxopt.graph.query import SHADOW, is_mutable, module_path, source_line, storage, val, written_arguments
 from fxopt.graph.scope import Scope
 from fxopt.match.legality import illegality
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss, NearMiss
 from fxopt.ops import find_op
+from fxopt.rewrite import quota
 from fxopt.rewrite.fusion import Fusion, Step, Verdict
+from fxopt.rewrite.guard import GraphBroken, Watch, damage, fingerprint
 from fxopt.rewrite.meta_check import check_meta
 from fxopt.rewrite.verify import Verifier
 
@@ -71,13 +73,18 @@ class Outcome:
 
 
 def run_fusions(module: GraphModule, fusions: Iterable[Fusion], verifier: Verifier) -> Outcome:
-    """Apply `fusions` to the normalised graph of `module`, in place, to a fixpoint."""
-    return _Driver(module.graph, list(fusions), verifier).run()
+    """Apply `fusions` to the normalised graph of `module`, in place, to a fixpoint.
+
+    Raises GraphBroken where a fusion changed the graph by itself: the graph is then of no more use.
+    """
+    with Watch() as watch:
+        return _Driver(module.graph, list(fusions), verifier, watch).run()
 
 
 class _Driver:
-    def __init__(self, graph: Graph, fusions: list[Fusion], verifier: Verifier) -> None:
+    def __init__(self, graph: Graph, fusions: list[Fusion], verifier: Verifier, watch: Watch) -> None:
         self.graph = graph
+        self.watch = watch
         self.fusions = fusions
         self.verifier = verifier
         self.scope = Scope(graph)
@@ -102,21 +109,29 @@ class _Driver:
 
     def _to_fixpoint(self, fusions: Sequence[Fusion]) -> None:
         for _ in range(MAX_SWEEPS):
-            before = self.outcome.fused
+            before = Counter(self.applied)
             for fusion in fusions:
                 self._sweep(fusion)
-            if self.outcome.fused == before:
+            if self.applied == before:
                 return
-        if fusions:
-            log.warning("fusions still applied after %d sweeps; stopped there", MAX_SWEEPS)
+        for fusion in fusions:
+            if self.applied[fusion.name] != before[fusion.name]:
+                self._warn(fusion, f"still applied after {MAX_SWEEPS} sweeps; stopped there")
 
     def _sweep(self, fusion: Fusion) -> None:
-        for anchor in self.scope.find(fusion.anchors):
+        try:
+            anchors = self.watch(lambda: fusion.anchors)  # of a pattern that is traced now
+        except Exception as error:
+            self._warn(fusion, "raised when asked for its anchors", error)
+            return
+        for anchor in self.scope.find(anchors):
             key = (fusion.name, anchor)
             if key in self.given_up or anchor.meta.get(SHADOW) or anchor._erased:
                 continue
             if self.applied[fusion.name] >= self.limit:
                 self._warn(fusion, f"stopped after {self.limit} applications: does it apply to its own results?")
+                return
+            if fusion.stage != "raise" and quota.exhausted():
                 return
             start = time.perf_counter()
             match = self._match(fusion, anchor)
@@ -128,25 +143,37 @@ class _Driver:
                 self.misses[key] = match
 
     def _match(self, fusion: Fusion, anchor: Node) -> Match | Miss | None:
+        size = len(self.graph.nodes)
         try:
-            found = fusion.find(anchor, self.scope)
-            if not isinstance(found, Match):
-                return found
-            return illegality(found, self.scope) or fusion.check(found) or found
+            found = self.watch(self._find, fusion, anchor)
+            if len(self.graph.nodes) != size:
+                raise GraphBroken(fusion.name, f"changed the graph while it looked at {anchor.name}")
+            return found
+        except GraphBroken:
+            raise
         except Exception as error:  # a fusion's own code can raise anything; the model must still run
             self._warn(fusion, f"raised while matching at {anchor.name}", error)
             self.given_up.add((fusion.name, anchor))
             return Miss(f"the fusion raised {type(error).__name__}: {error}", anchor)
 
+    def _find(self, fusion: Fusion, anchor: Node) -> Match | Miss | None:
+        found = fusion.find(anchor, self.scope)
+        if not isinstance(found, Match):
+            return found
+        return illegality(found, self.scope) or fusion.check(found) or found
+
     def _apply(self, fusion: Fusion, anchor: Node, match: Match, start: float) -> None:
         began = time.perf_counter()
+        before = fingerprint(self.graph)
         try:
-            made = fusion.rewrite(match)
+            made = self.watch(fusion.rewrite, match)
             replacements = made if isinstance(made, tuple) else (made,)
             verdict = _compare(match, replacements)
         except Exception as error:
             self._warn(fusion, f"raised while rewriting at {anchor.name}", error)
             replacements, verdict = (), Verdict("failed", f"the fusion raised {type(error).__name__}: {error}")
+        if (harm := damage(self.graph, before, match.made)) is not None:
+            raise GraphBroken(fusion.name, harm)
         checked = time.perf_counter()
         if verdict.status != "failed":
             verdict = self._verify(fusion, match, replacements)
@@ -157,6 +184,8 @@ class _Driver:
             _annotate(fusion, match, step)
             self._commit(fusion, match, replacements)
             self.applied[fusion.name] += 1
+            if fusion.stage != "raise":
+                quota.take(step)
         else:
             self._undo(match)
             self.given_up.add((fusion.name, anchor))
@@ -227,11 +256,22 @@ def _compare(match: Match, replacements: tuple[Node, ...]) -> Verdict:
         for source in made.all_input_nodes:
             if source not in known:
                 return Verdict("failed", f"the replacement reads {source.name}, which the match did not name")
+        written = [node for node in written_arguments(made) if not _is_fresh(node, match)] if is_mutable(made) else []
+        if written:
+            return Verdict("failed", f"the replacement writes to {written[0].name}, which is not its own")
     for old, new in zip(match.outputs, replacements, strict=True):
         difference = check_meta(old, new)
         if difference is not None:
             return Verdict("failed", f"{new.name} in place of {old.name}: {difference}")
     return Verdict("meta")
+
+
+def _is_fresh(node: Node, match: Match) -> bool:
+    """Whether a value that the replacement made shares no memory with one from outside of it."""
+    outside = {
+        storage(val(source)) for made in match.made for source in made.all_input_nodes if source not in match.made
+    }
+    return node in match.made and storage(val(node)) not in outside
 
 
 def _describe(fusion: Fusion, match: Match, verdict: Verdict, applied: bool, microseconds: float) -> Step:

@@ -8,7 +8,7 @@ mathematics agree to about 1e-12, and everything else is a difference in the alg
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -100,16 +100,32 @@ def isolated(device: torch.device = CPU, default_dtype: torch.dtype = torch.floa
             torch.set_default_dtype(before)
 
 
-def run_promoted(nodes: Iterable[Node], values: dict[Node, Any], sizes: Sizes, *, check: bool) -> dict[Node, Any]:
+def run_promoted(
+    nodes: Iterable[Node],
+    values: dict[Node, Any],
+    sizes: Sizes,
+    *,
+    check: bool,
+    chosen: Mapping[Node, Implementation] | None = None,
+) -> dict[Node, Any]:
     """Values of `nodes` in float64; `values` are those of the inputs, already promoted.
 
-    With `check`, raises ShapeMismatch where a shape isn't the original's at the stand-in sizes.
+    With `check`, raises ShapeMismatch where a shape isn't the original's at the stand-in sizes. Fused ops are computed
+    by their references, or by their implementations in `chosen`.
     """
+
+    def call(node: Node, args: Any, kwargs: Any) -> Any:
+        implementation = chosen.get(node) if chosen else None
+        op = find_op(node.target)
+        if implementation is None or op is None:
+            return _reference(node, args, kwargs)
+        return implementation.run(*op.bind(*args, **kwargs))
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with Promote():
-            return _run(nodes, values, sizes, CPU, _reference, check=check)
+            return _run(nodes, values, sizes, CPU, call, check=check)
     finally:
         torch.set_default_dtype(before)
 
@@ -137,15 +153,27 @@ def run_native(
         objection = implementation.objection(target, *bound)
         if objection is not None:
             raise Objection(f"{op.name} ({implementation.name}): {objection}")
-        return implementation.run(*bound)
+        return _unwritten(op.name, implementation.run, bound)
 
     return _run(nodes, values, sizes, device, call, check=False)
+
+
+def _unwritten(name: str, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """run(*args), where the arguments stay what they are. Raises ValueError where one is written to."""
+    tensors = [a for a in args if isinstance(a, Tensor) and a.layout == torch.strided]
+    before = [a.clone() for a in tensors]
+    result = run(*args)
+    for old, new in zip(before, tensors, strict=True):
+        same = torch.equal(old, new) or torch.allclose(old, new, rtol=0, atol=0, equal_nan=True)
+        if not same:
+            raise ValueError(f"{name} writes to one of its arguments, which its schema does not say")
+    return result
 
 
 def _reference(node: Node, args: Any, kwargs: Any) -> Any:
     op = find_op(node.target)
     if op is not None:
-        return op.reference(*op.bind(*args, **kwargs))
+        return _unwritten(op.name, op.reference, op.bind(*args, **kwargs))
     if node.target is aten.rms_norm.default and (len(args) < 4 or args[3] is None) and kwargs.get("eps") is None:
         # The default eps is that of the dtype it computes in (at least float32), and this is another one now.
         weight = args[2] if len(args) > 2 else kwargs.get("weight")

@@ -84,6 +84,8 @@ def _load(point: EntryPoint) -> list[Fusion]:
         loaded: Any = point.load()
         items = list(loaded) if isinstance(loaded, Iterable) and not isinstance(loaded, type) else [loaded]
         made = [item() if isinstance(item, type) else item for item in items]
+        for fusion in made:
+            _ = getattr(fusion, "name", None)  # may be a property of its own, and raise
     except Exception as error:  # a plugin's import can raise anything
         _warn(point, f"{type(error).__name__}: {error}")
         return []

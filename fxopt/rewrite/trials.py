@@ -46,6 +46,7 @@ class Trial:
     given: dict[Node, Any]
     native: bool = True  # also compared at the real dtypes
     plain: bool = False  # random values only
+    smooth: bool = False  # a gradient is well defined
 
     def values(self) -> dict[Node, Any]:
         """The value of every input, on the CPU, in its own dtype."""
@@ -57,14 +58,14 @@ class Trial:
 def trials(fusion: Fusion, match: Match, pair: Pair, sizes: Sizes, seed: int) -> Iterator[Trial]:
     """The trials at the given sizes, the plainest first. Run inside `isolated`."""
     maker = _Maker(pair, sizes, seed)
-    yield maker.trial("normal", {})
+    yield maker.trial("normal", {}, smooth=True)
     yield maker.trial("normal again", {}, wide_integers=True)
     if maker.floats:
         yield maker.trial("rows of 1000", dict.fromkeys(maker.floats, "rows"), native=False)
         yield maker.trial("zeros", dict.fromkeys(maker.floats, "zeros"), native=False)
     masks = [n for n in maker.floats if _is_additive_mask(n, pair)]
     if masks or maker.bools:
-        yield maker.trial("masked rows", dict.fromkeys(masks, "mask") | dict.fromkeys(maker.bools, "dead"))
+        yield maker.trial("masked rows", dict.fromkeys(masks, "mask") | dict.fromkeys(maker.bools, "dead"), smooth=True)
     for i, hostile in enumerate(_adversaries(fusion, match, pair)):
         yield maker.trial(f"adversary {i + 1}", {}, hostile)
 
@@ -101,13 +102,14 @@ class _Maker:
         *,
         wide_integers: bool = False,
         native: bool = True,
+        smooth: bool = False,
     ) -> Trial:
         self.count += 1
         given = dict(self.given)
         for node, value in (hostile or {}).items():
             given[node] = fit(value, self.sizes.shape(val(node)), val(node).dtype)
         draws = {n: self._draw(n, kinds.get(n, "normal"), wide_integers) for n in self.tensors if n not in given}
-        return Trial(name, self.seed * 1009 + self.count, draws, given, native, plain=not kinds and not hostile)
+        return Trial(name, self.seed * 1009 + self.count, draws, given, native, not kinds and not hostile, smooth)
 
     def _draw(self, node: Node, kind: str, wide: bool) -> Draw:
         value = val(node)

@@ -2,7 +2,7 @@
 
     metadata     shapes, dtypes, devices, aliases of every replaced value
     the algebra  original and replacement at small stand-in sizes in float64 (fused ops by their references), on random
-                 and hostile inputs: equal to about 1e-9, or the rewrite is wrong
+                 and hostile inputs: equal to about 1e-9, or the rewrite is wrong; so are gradients, in training
     the kernel   the implementation that will run, at its real dtype on its real device: its error against float64 is
                  at most twice the original's own, plus one unit in the last place
 
@@ -30,6 +30,7 @@ from fxopt.rewrite import verdicts
 from fxopt.rewrite.compare import Distance, distance, non_finite
 from fxopt.rewrite.evaluate import CPU, Objection, ShapeMismatch, isolated, promote, run_native, run_promoted
 from fxopt.rewrite.fusion import Fusion, Precision, Verdict
+from fxopt.rewrite.gradients import differentiated, gradient_difference
 from fxopt.rewrite.meta_check import alias_difference, check_meta, stride_difference
 from fxopt.rewrite.region import Pair, extract, obstacle
 from fxopt.rewrite.repro import write_repro
@@ -90,7 +91,9 @@ class Verifier:
             return Verdict("unchecked", found)
         target = replace(self.target, device=_device(pair))
         chosen = _choose(pair, target)
-        signature, on_disk = verdicts.signature(pair, fusion, chosen.values(), target, (self.level, self.seed))
+        wanted = [pair.inputs.index(n) for n in differentiated(pair)] if target.training else []
+        setting = (self.level, self.seed, wanted)
+        signature, on_disk = verdicts.signature(pair, fusion, chosen.values(), target, setting)
         known = verdicts.lookup(signature, disk=on_disk)
         if known is None:
             with isolated(target.device):
@@ -111,7 +114,7 @@ class Verifier:
         reason = ""
         for attempt, scalars in self._attempts(match, replacements, pair):
             check = _Check(fusion, match, attempt, self)
-            outcome = check.algebra(scalars=scalars)
+            outcome = check.algebra(chosen, scalars=scalars)
             if isinstance(outcome, _Equal):
                 return check.kernel(outcome, target, chosen)
             if isinstance(outcome, _Failure):
@@ -167,8 +170,9 @@ class _Check:
         self.pair = pair
         self.seed = verifier.seed
         self.strict = verifier.level == "strict"
+        self.differentiated = differentiated(pair) if verifier.target.training else ()
 
-    def algebra(self, *, scalars: bool) -> _Equal | _Failure | str:
+    def algebra(self, chosen: dict[Node, Implementation], *, scalars: bool) -> _Equal | _Failure | str:
         """Whether both sides agree in float64 at the first sizes at which they can be run; a reason if none can."""
         found: _Failure | None = None
         reason = "no sizes fit the program"
@@ -179,7 +183,7 @@ class _Check:
                 reason = f"{reason}; {over}"
                 continue
             try:
-                outcome = self._compare(sizes)
+                outcome = self._compare(sizes, chosen)
             except (ShapeMismatch, _Unrunnable) as error:
                 reason = str(error)
                 continue
@@ -189,7 +193,7 @@ class _Check:
             return _Equal(sizes, tuple(options[i + 1 :]), *outcome)
         return found or reason
 
-    def _compare(self, sizes: Sizes) -> _Failure | tuple[float, int]:
+    def _compare(self, sizes: Sizes, chosen: dict[Node, Implementation]) -> _Failure | tuple[float, int]:
         worst, count = 0.0, 0
         for trial in trials(self.fusion, self.match, self.pair, sizes, self.seed):
             values = {n: promote(v) for n, v in trial.values().items()}
@@ -215,6 +219,12 @@ class _Check:
                     detail = f"other values in float64: {where}, relative error {apart.error:.3g}"
                     return _Failure(detail, self.pair, sizes, trial, apart.error)
                 worst = max(worst, apart.error if math.isfinite(apart.error) else 0.0)
+            if trial.smooth and self.differentiated and self.fusion.precision is not Precision.APPROXIMATE:
+                differ = gradient_difference(
+                    self.pair, self.differentiated, chosen, values, sizes, TOLERANCE, self.seed
+                )
+                if differ is not None:
+                    return _Failure(f"other gradients in float64: {differ}", self.pair, sizes, trial)
             count += 1
         return worst, count
 

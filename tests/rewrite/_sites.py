@@ -51,6 +51,8 @@ def site(original, replacement, *inputs, keep=()):
     fakes = [mode.from_tensor(torch.empty_like(t)) if isinstance(t, Tensor) else t for t in inputs]
     with mode:
         module = make_fx(lambda *a: original(*a), pre_dispatch=True)(*fakes)
+    for placeholder, given in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        placeholder.meta["example_value"] = given
     return place(module, replacement, keep)
 
 
