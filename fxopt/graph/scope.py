@@ -68,6 +68,32 @@ def without_gradients(graph: Graph) -> frozenset[Node]:
     return frozenset(off)
 
 
+def needs_gradient(node: Node) -> bool:
+    """Whether autograd will ask for the gradient of the node's value: an input of the graph that it depends on does."""
+    work = [node]
+    while work:
+        at = work[-1]
+        if _NEEDS_GRADIENT in at.meta:
+            work.pop()
+        elif at.op != "call_function" or at.target is torch.ops.aten.detach.default or not _is_differentiable(at):
+            example = at.meta.get("example_value", val(at)) if at.op == "placeholder" else None
+            at.meta[_NEEDS_GRADIENT] = isinstance(example, Tensor) and example.requires_grad
+        elif unknown := [source for source in at.all_input_nodes if _NEEDS_GRADIENT not in source.meta]:
+            work += unknown
+        else:
+            at.meta[_NEEDS_GRADIENT] = any(source.meta[_NEEDS_GRADIENT] for source in at.all_input_nodes)
+    return bool(node.meta[_NEEDS_GRADIENT])
+
+
+#: meta key: what `needs_gradient` found
+_NEEDS_GRADIENT = "fxopt_needs_gradient"
+
+
+def _is_differentiable(node: Node) -> bool:
+    values = [leaf for leaf in tree_leaves(val(node)) if isinstance(leaf, Tensor)]
+    return any(value.is_floating_point() or value.is_complex() for value in values)
+
+
 class Scope:
     """A graph with its writes and barriers, as fusions and the legality check see it."""
 
