@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fxopt.rewrite.plugins import fusions as fusions
     from fxopt.rewrite.plugins import register as register
     from fxopt.rewrite.plugins import unregister as unregister
+    from fxopt.view.bisection import Bisection as Bisection
+    from fxopt.view.bisection import bisect as bisect
     from fxopt.view.explain import Explanation as Explanation
     from fxopt.view.explain import explain as explain
     from fxopt.view.record import record as record
@@ -61,6 +63,8 @@ _HOMES = {
     "fusions": "fxopt.rewrite.plugins",
     "register": "fxopt.rewrite.plugins",
     "unregister": "fxopt.rewrite.plugins",
+    "Bisection": "fxopt.view.bisection",
+    "bisect": "fxopt.view.bisection",
     "Explanation": "fxopt.view.explain",
     "explain": "fxopt.view.explain",
     "record": "fxopt.view.record",

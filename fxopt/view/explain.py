@@ -57,18 +57,24 @@ def explain(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Explan
     # Static shapes, as at a first call: which dimensions vary is known only from calls that this one hasn't seen.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     with record() as report, static, torch.random.fork_rng(devices=_devices()):
-        _compile(_original(model))(*inputs, **kwargs)
+        compiled_afresh(model)(*inputs, **kwargs)
     breaks = [f"{_first_line(r.reason)} ({_place(r.user_stack)})" for r in graph_break_reasons[before:]]
     # Dynamo's own numbering counts every frame compiled in the process; here the same model gives the same text.
     graphs = [dataclasses.replace(graph, name=f"graph {i}") for i, graph in enumerate(report.graphs)]
     return Explanation(Report(graphs), list(dict.fromkeys(breaks)))
 
 
-def _compile(model: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_afresh(model: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`model` with the fxopt backend, sharing nothing with what was compiled of it before.
+
+    If torch.compile made `model`, what it was given is taken. `settings` are the backend's `mode` and `options`.
+    """
     from fxopt.backend import fxopt
 
+    model = _original(model)
+
     def backend(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return fxopt(graph, inputs)
+        return fxopt(graph, inputs, **settings)
 
     def frame(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # "self": names then read as in a module
         return self(*args, **kwargs)
