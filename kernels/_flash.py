@@ -7,7 +7,8 @@ Dao, arXiv:2307.08691):
 
 m stays in natural units, and differences are what is multiplied by log2(e): finfo.min · log2(e) is -inf, which would
 make NaN of the rows that a model masks with finfo.min. A maximum of -inf counts as 0 in differences, so a row
-without live keys ends with l = 0, and only there is decided whether it is NaN or 0.
+without live keys ends with l = 0, and only there is decided whether it is NaN or 0. A sink is a score that is there
+from the start: m = sink, l = 1, acc = 0.
 
 Query heads that share a KV head find it by index arithmetic; nothing is repeated in memory. Head widths that are no
 powers of two are padded in registers, with zeros that add nothing to the products.
@@ -32,39 +33,73 @@ NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 
 @jit
+def _tanh(x, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """tanh(x): for CAP = 1 to a few ulps of float32, for CAP = 2 by the hardware's own, to 11 bits (bfloat16 has 8)."""
+    if CAP == 2:
+        result = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        square = x * x
+        series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.8853900817779268) + 1.0)  # cancels near 0, where the series converges
+        result = tl.where(square < 0.0625, series, tl.where(x < 0, -far, far))
+    return result
+
+
+@jit
 def _step(  # type: ignore[no-untyped-def]
-    q, k, v, mask, row, column, start, keys, scale, k_key, v_key, live, top, weight, acc,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    q, k, v, mask, factor, row, column, start, keys, scale, cap, k_key, v_key, live, top, weight, acc,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, IS_CAUSAL: tl.constexpr, EDGE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys taken into (m, l, acc). `mask` is the tile's part of the mask, already loaded (or anything)."""
+    """One tile of keys taken into (m, l, acc). `mask` and `factor` are the tile's part of them, loaded (or anything).
+
+    Without EDGE all keys of the tile are there, and none is later than any row.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     depth = tl.arange(0, BLOCK_D)
     width = tl.arange(0, BLOCK_DV)
     at = tl.cast(start, tl.int64)
-    in_keys = column < keys - start
-    k_tile = tl.load(
-        k + at * k_key + (column * k_key)[None, :] + depth[:, None],
-        mask=in_keys[None, :] & (depth < D)[:, None], other=0.0,
-    )  # fmt: skip
-    v_tile = tl.load(
-        v + at * v_key + (column * v_key)[:, None] + width[None, :],
-        mask=in_keys[:, None] & (width < DV)[None, :], other=0.0,
-    )  # fmt: skip
+    k_at = k + at * k_key + (column * k_key)[None, :] + depth[:, None]
+    v_at = v + at * v_key + (column * v_key)[:, None] + width[None, :]
+    if EDGE:
+        in_keys = column < keys - start
+        k_tile = tl.load(k_at, mask=in_keys[None, :] & (depth < D)[:, None], other=0.0)
+        v_tile = tl.load(v_at, mask=in_keys[:, None] & (width < DV)[None, :], other=0.0)
+    else:
+        k_tile = tl.load(k_at) if D == BLOCK_D else tl.load(k_at, mask=(depth < D)[:, None], other=0.0)
+        v_tile = tl.load(v_at) if DV == BLOCK_DV else tl.load(v_at, mask=(width < DV)[None, :], other=0.0)
     s = tl.dot(q, k_tile, input_precision="ieee") * scale
+    if FACTOR:
+        s *= factor.to(tl.float32)
+    if CAP != 0:
+        s = _tanh(s / cap, CAP) * cap
     if MASK == 1:
         live = live & (mask != 0)
     if MASK == 2:
         s += mask.to(tl.float32)
-    if IS_CAUSAL:
+    if IS_CAUSAL and EDGE:
         live = live & (row[:, None] >= (start + column)[None, :])
-    s = tl.where(live, s, float("-inf"))
+    if EDGE or MASK == 1:
+        s = tl.where(live, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     origin = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2((s - origin[:, None]) * LOG2E)
     shrink = tl.exp2((top - origin) * LOG2E)
     acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
     return new_top, weight * shrink + tl.sum(p, 1), acc
+
+
+@jit
+def _start(sink, offsets, has_sink, SINK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(m, l) before the first key: nothing yet, or the sink, a score without a value."""
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK], tl.float32)
+    if SINK:
+        top = tl.load(sink + offsets, mask=has_sink, other=float("-inf")).to(tl.float32)
+        weight = tl.where(top == float("-inf"), 0.0, 1.0)
+    return top, weight
 
 
 @jit
@@ -78,14 +113,19 @@ def _divide(acc, weight, ZERO_EMPTY: tl.constexpr):  # type: ignore[no-untyped-d
 
 @jit
 def _prefill_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, mask, out,
-    heads, group, rows, keys, scale,
+    q, k, v, mask, factor, sink, out,
+    heads, group, rows, keys, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_key, v_batch, v_head, v_key, m_batch, m_head, m_row, m_key,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, ZERO_EMPTY: tl.constexpr,
+    f_batch, f_head, f_row, f_key, s_batch, s_head, s_row,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, ZERO_EMPTY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M query rows of one head a program. Causal tiles stop at the diagonal; the longest are started first."""
+    """BLOCK_M query rows of one head a program. Causal tiles stop at the diagonal; the longest are started first.
+
+    Whole tiles below the diagonal are taken first, without a look at positions, then those at an edge.
+    """
     tile = tl.program_id(1)
     if IS_CAUSAL:
         tile = tl.num_programs(1) - 1 - tile
@@ -104,20 +144,36 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     k += batch * k_batch + (head // group) * k_head
     v += batch * v_batch + (head // group) * v_head
     mask_tile = mask + batch * m_batch + head * m_head + (wide_row * m_row)[:, None] + (column * m_key)[None, :]
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
+    factor_tile = factor + batch * f_batch + head * f_head + (wide_row * f_row)[:, None] + (column * f_key)[None, :]
+    top, weight = _start(sink, batch * s_batch + head * s_head + wide_row * s_row, row < rows, SINK, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    whole = keys // BLOCK_N * BLOCK_N
     end = keys
     if IS_CAUSAL:
+        whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
         end = tl.minimum(keys, (tile + 1) * BLOCK_M)
-    for start in range(0, end, BLOCK_N):
+    for start in range(0, whole, BLOCK_N):
+        entries = in_rows
+        factors = in_rows
+        if MASK != 0:
+            entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=in_rows, other=0)
+        if FACTOR:
+            factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=in_rows, other=0.0)
+        top, weight, acc = _step(
+            q_tile, k, v, entries, factors, row, column, start, keys, scale, cap, k_key, v_key, in_rows,
+            top, weight, acc, MASK, FACTOR, CAP, IS_CAUSAL, False, D, DV, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    for start in range(whole, end, BLOCK_N):
         live = (column < keys - start)[None, :] & in_rows
         entries = live
+        factors = live
         if MASK != 0:
             entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=live, other=0)
+        if FACTOR:
+            factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=live, other=0.0)
         top, weight, acc = _step(
-            q_tile, k, v, entries, row, column, start, keys, scale, k_key, v_key, live, top, weight, acc,
-            MASK, IS_CAUSAL, D, DV, BLOCK_D, BLOCK_DV,
+            q_tile, k, v, entries, factors, row, column, start, keys, scale, cap, k_key, v_key, live,
+            top, weight, acc, MASK, FACTOR, CAP, IS_CAUSAL, True, D, DV, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     out += ((batch * heads + head) * rows + wide_row)[:, None] * DV + width[None, :]
     result = _divide(acc, weight[:, None], ZERO_EMPTY)
@@ -126,12 +182,13 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _split_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, mask, out, partial, tops, weights,
-    kv_heads, group, rows, keys, tiles_each, scale,
+    q, k, v, mask, factor, sink, out, partial, tops, weights,
+    kv_heads, group, rows, keys, tiles_each, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_key, v_batch, v_head, v_key, m_batch, m_head, m_row, m_key,
-    MASK: tl.constexpr, SKIP_MINIMA: tl.constexpr, IS_CAUSAL: tl.constexpr, ZERO_EMPTY: tl.constexpr,
-    DIRECT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    f_batch, f_head, f_row, f_key, s_batch, s_head, s_row,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, SKIP_MINIMA: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, ZERO_EMPTY: tl.constexpr, DIRECT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All query rows of one KV head over one split of the keys, so that K and V are read once whatever the group.
 
@@ -157,9 +214,12 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
-    mask_tile = mask + batch * m_batch + (head * m_head + row.to(tl.int64) * m_row)[:, None] + (column * m_key)[None, :]
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_R], tl.float32)
+    wide_row = row.to(tl.int64)
+    mask_tile = mask + batch * m_batch + (head * m_head + wide_row * m_row)[:, None] + (column * m_key)[None, :]
+    factor_tile = factor + batch * f_batch + (head * f_head + wide_row * f_row)[:, None] + (column * f_key)[None, :]
+    # Once, in the first split: the sink counts as one score.
+    has_sink = (index < group * rows) & (split == 0)
+    top, weight = _start(sink, batch * s_batch + head * s_head + wide_row * s_row, has_sink, SINK, BLOCK_R)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     has_live = (index >= group * rows).to(tl.int32)
     if SKIP_MINIMA:
@@ -172,12 +232,9 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     first = split * tiles_each * BLOCK_N
     for start in range(first, tl.minimum(keys, first + tiles_each * BLOCK_N), BLOCK_N):
         live = (column < keys - start)[None, :] & in_rows
-        if MASK == 0:
-            top, weight, acc = _step(
-                q_tile, k, v, live, row, column, start, keys, scale, k_key, v_key, live, top, weight, acc,
-                MASK, IS_CAUSAL, D, DV, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        else:
+        entries = live
+        counts = live
+        if MASK != 0:
             entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=live, other=0)
             if MASK == 1:
                 counts = live & (entries != 0)
@@ -185,11 +242,14 @@ def _split_kernel(  # type: ignore[no-untyped-def]
                 counts = live & (entries != float("-inf"))
                 if SKIP_MINIMA:
                     counts = counts & ((has_live[:, None] == 0) | ~(entries.to(tl.float32) <= MINIMUM))
-            if tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0:
-                top, weight, acc = _step(
-                    q_tile, k, v, entries, row, column, start, keys, scale, k_key, v_key, live, top, weight, acc,
-                    MASK, IS_CAUSAL, D, DV, BLOCK_D, BLOCK_DV,
-                )  # fmt: skip
+        if MASK == 0 or tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0:
+            factors = live
+            if FACTOR:
+                factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=live, other=0.0)
+            top, weight, acc = _step(
+                q_tile, k, v, entries, factors, row, column, start, keys, scale, cap, k_key, v_key, live,
+                top, weight, acc, MASK, FACTOR, CAP, IS_CAUSAL, True, D, DV, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
     at = ((batch * kv_heads * group + head) * rows + row)[:, None]
     if DIRECT:
         result = _divide(acc, weight[:, None], ZERO_EMPTY)
@@ -224,11 +284,21 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, zero_empty: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    zero_empty: bool,
+    *,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """The `attention` op by the kernels above: contiguous [B, Hq, M, Dv] in v's dtype.
 
-    q, k, v and mask may have any strides; where a last dimension of q, k or v is not dense, that tensor is copied.
+    All operands may have any strides; where a last dimension of q, k or v is not dense, that tensor is copied.
     """
     batch, heads, rows, depth = q.shape
     kv_heads, keys, width = k.shape[1], k.shape[2], v.shape[3]
@@ -238,24 +308,27 @@ def flash_attention(
         return out.zero_()
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (_dense(t.to(common)) for t in (q, k, v))
-    kind = NO_MASK
-    m_strides: tuple[int, ...] = (0, 0, 0, 0)
-    skip_minima = False
+    kind, skip_minima = NO_MASK, False
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
         if mask.dtype == torch.float64:
             mask = float32_mask(mask)
         skip_minima = mask.dtype in (torch.float32, torch.bfloat16) and not is_causal
-        mask = mask.expand(batch, heads, rows, keys)
-        m_strides = mask.stride()
-        mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *m_strides)
+    mask, m_strides = _broadcast(mask, (batch, heads, rows, keys))
+    mask = mask.view(torch.uint8) if mask is not None and kind == BOOL_MASK else mask
+    factor, f_strides = _broadcast(_single(factor), (batch, heads, rows, keys))
+    sink, s_strides = _broadcast(_single(sink), (batch, heads, rows, 1))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *m_strides, *f_strides, *s_strides[:3])
     shape = {
         "D": depth, "DV": width,
         "BLOCK_D": max(16, _triton.next_power_of_2(depth)), "BLOCK_DV": max(16, _triton.next_power_of_2(width)),
     }  # fmt: skip
     wide = max(shape["BLOCK_D"], shape["BLOCK_DV"]) * common.itemsize
-    flags = {"MASK": kind, "IS_CAUSAL": is_causal, "ZERO_EMPTY": zero_empty}
+    cap = 0 if softcap is None else 2 if common == torch.bfloat16 and q.is_cuda else 1
+    flags = {"MASK": kind, "FACTOR": factor is not None, "CAP": cap, "SINK": sink is not None}
+    flags |= {"IS_CAUSAL": is_causal, "ZERO_EMPTY": zero_empty}
+    operands = (q, k, v, *(q if t is None else t for t in (mask, factor, sink)), out)
+    numbers = (scale, 1.0 if softcap is None else softcap)
     if rows <= MAX_DECODE_ROWS and rows * group <= MAX_GROUP_ROWS:
         block_r = max(16, _triton.next_power_of_2(rows * group))
         block_n, warps, stages = _split_blocks(wide, common.itemsize, block_r)
@@ -264,8 +337,7 @@ def flash_attention(
         partial = q.new_empty((out.numel() // width, splits, width) if not direct else 0, dtype=torch.float32)
         tops, weights = partial.new_empty((2, 0 if direct else out.numel() // width * splits)).unbind()
         _split_kernel[(batch * kv_heads, splits)](
-            q, k, v, q if mask is None else mask, out, partial, tops, weights,
-            kv_heads, group, rows, keys, tiles_each, scale, *strides,
+            *operands, partial, tops, weights, kv_heads, group, rows, keys, tiles_each, *numbers, *strides,
             **flags, SKIP_MINIMA=skip_minima, DIRECT=direct, **shape, BLOCK_R=block_r, BLOCK_N=block_n,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -275,12 +347,24 @@ def flash_attention(
                 BLOCK_S=_triton.next_power_of_2(splits), num_warps=4,
             )  # fmt: skip
         return out
-    block_m, block_n, warps, stages = _prefill_blocks(wide, common.itemsize, mask is not None)
+    block_m, block_n, warps, stages = _prefill_blocks(wide, common.itemsize, mask is not None or factor is not None)
     _prefill_kernel[(batch * heads, _triton.ceil_div(rows, block_m))](
-        q, k, v, q if mask is None else mask, out, heads, group, rows, keys, scale, *strides,
+        *operands, heads, group, rows, keys, *numbers, *strides,
         **flags, **shape, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+def _broadcast(x: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, tuple[int, ...]]:
+    """`x` expanded to `shape` (never copied), and its strides."""
+    if x is None:
+        return None, (0, 0, 0, 0)
+    x = x.expand(shape)
+    return x, x.stride()
+
+
+def _single(x: Tensor | None) -> Tensor | None:
+    return x.to(torch.float32) if x is not None and x.dtype == torch.float64 else x
 
 
 def float32_mask(mask: Tensor) -> Tensor:
@@ -320,22 +404,30 @@ def _split(programs: int, tiles: int, device: torch.device) -> tuple[int, int]:
 def _signature(kernel: Any, dtype: str, mask: str | None, sizes: str) -> dict[str, str]:
     strides = [f"{t}_{axis}" for t, last in zip("qkvm", ("row", "key", "key", "row"), strict=True)
                for axis in ("batch", "head", last)]  # fmt: skip
-    pointers = {**dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"), "mask": f"*{mask or dtype}"}
+    pointers = {**dict.fromkeys(("q", "k", "v", "out", "factor"), f"*{dtype}"), "mask": f"*{mask or dtype}"}
     partial = dict.fromkeys(("partial", "tops", "weights"), "*fp32") if kernel is _split_kernel else {}
-    numbers = {"scale": "fp32", **dict.fromkeys(sizes.split(), "i32"), **dict.fromkeys(strides, "i32:16")}
-    return {**pointers, **partial, **numbers}
+    numbers = {"scale": "fp32", "cap": "fp32", **dict.fromkeys(sizes.split(), "i32")}
+    numbers |= dict.fromkeys(strides, "i32:16") | dict.fromkeys(
+        ("f_batch", "f_head", "f_row", "s_batch", "s_head", "s_row"), "i32"
+    )
+    return {**pointers, "sink": f"*{dtype}", **partial, **numbers}
 
 
 def _widths(d: int) -> dict[str, int]:
     return {"D": d, "DV": d, "BLOCK_D": _triton.next_power_of_2(d), "BLOCK_DV": _triton.next_power_of_2(d)}
 
 
-def _prefill_example(name: str, dtype: str, mask: str | None, d: int, causal: bool) -> CompileExample:
+def _values(mask: str | None, **flags: Any) -> dict[str, Any]:
+    plain = {"FACTOR": False, "CAP": 0, "SINK": False, "IS_CAUSAL": False, "ZERO_EMPTY": False}
+    return {"MASK": MASK_KINDS[mask], **plain, "m_key": 1, "f_key": 1, **flags}
+
+
+def _prefill_example(name: str, dtype: str, mask: str | None, d: int, **flags: Any) -> CompileExample:
     itemsize = 4 if dtype == "fp32" else 2
     widths = _widths(d)
-    block_m, block_n, warps, stages = _prefill_blocks(widths["BLOCK_D"] * itemsize, itemsize, mask is not None)
-    values = {"MASK": MASK_KINDS[mask], "IS_CAUSAL": causal, "ZERO_EMPTY": False, "m_key": 1}
-    values |= {**widths, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    tensors = mask is not None or "FACTOR" in flags
+    block_m, block_n, warps, stages = _prefill_blocks(widths["BLOCK_D"] * itemsize, itemsize, tensors)
+    values = _values(mask, **flags) | {**widths, "BLOCK_M": block_m, "BLOCK_N": block_n}
     signature = _signature(_prefill_kernel, dtype, mask, "heads group rows keys")
     return CompileExample(name, _prefill_kernel, signature, values, warps, stages)
 
@@ -344,24 +436,31 @@ def _split_example(name: str, dtype: str, mask: str | None, d: int, rows: int = 
     itemsize = 4 if dtype == "fp32" else 2
     widths = _widths(d)
     block_n, warps, stages = _split_blocks(widths["BLOCK_D"] * itemsize, itemsize, rows)
-    values = {"MASK": MASK_KINDS[mask], "IS_CAUSAL": False, "ZERO_EMPTY": False, "SKIP_MINIMA": mask == "bf16"}
-    values |= {"DIRECT": False, "m_key": 1, **widths, "BLOCK_R": rows, "BLOCK_N": block_n, **flags}
+    values = _values(mask) | {"SKIP_MINIMA": mask == "bf16", "DIRECT": False, **widths}
+    values |= {"BLOCK_R": rows, "BLOCK_N": block_n, **flags}
     signature = _signature(_split_kernel, dtype, mask, "kv_heads group rows keys tiles_each")
     return CompileExample(name, _split_kernel, signature, values, warps, stages)
 
 
 MASK_KINDS = {None: NO_MASK, "u8": BOOL_MASK, "fp16": FLOAT_MASK, "bf16": FLOAT_MASK, "fp32": FLOAT_MASK}
 COMPILE_EXAMPLES = (
-    _prefill_example("prefill, causal, 128", "bf16", None, 128, True),
-    _prefill_example("prefill, 64", "fp16", None, 64, False),
-    _prefill_example("prefill with a mask, 80", "fp16", "fp16", 80, False),
-    _prefill_example("prefill with a bool mask, 64, float32", "fp32", "u8", 64, False),
-    _prefill_example("prefill, 256", "bf16", None, 256, True),
+    _prefill_example("prefill, causal, 128", "bf16", None, 128, IS_CAUSAL=True),
+    _prefill_example("prefill, 64", "fp16", None, 64),
+    _prefill_example("prefill with a mask, 80", "fp16", "fp16", 80),
+    _prefill_example("prefill with a bool mask, 64, float32", "fp32", "u8", 64),
+    _prefill_example("prefill, 256", "bf16", None, 256, IS_CAUSAL=True),
+    _prefill_example("prefill with a soft cap and a mask, 256", "bf16", "bf16", 256, CAP=2),
+    _prefill_example("prefill with a soft cap, causal, 128", "fp16", None, 128, CAP=1, IS_CAUSAL=True),
+    _prefill_example("prefill with a sink and a mask, 64", "bf16", "bf16", 64, SINK=True),
+    _prefill_example("prefill with a factor and a mask, 64", "fp16", "fp16", 64, FACTOR=True),
     _split_example("decode, 128", "bf16", None, 128),
     _split_example("decode in a static cache, 64", "bf16", "bf16", 64),
     _split_example("decode of 8 rows of 8 heads, bool mask", "fp16", "u8", 128, 64),
     _split_example("decode, 64, float32, one split", "fp32", "fp32", 64, DIRECT=True),
     _split_example("decode, 256", "bf16", "u8", 256),
+    _split_example("decode with a soft cap in a static cache, 256", "bf16", "bf16", 256, CAP=2),
+    _split_example("decode with a sink in a static cache, 64", "bf16", "bf16", 64, SINK=True),
+    _split_example("decode with a factor, 64", "fp16", "fp16", 64, FACTOR=True),
     CompileExample(
         "combine", _combine_kernel,
         {"partial": "*fp32", "tops": "*fp32", "weights": "*fp32", "out": "*bf16", "splits": "i32"},

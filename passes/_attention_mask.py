@@ -1,6 +1,5 @@
-"""The score program as the fused op's arguments: one scale, one mask, and whether it is causal.
+"""What is added to the scores and filled in, as one mask of the fused op, and whether it is causal.
 
-    s·c·d         scale c·d                        s / t           divide q by t (a number known only at run time)
     s + a + b     mask a + b, in the scores' dtype, so that two finfo.min overflow as they did
     (s + a) · c   scale c, mask a · c              where(p, s, -inf)   boolean mask p, or where(p, a, -inf)
     max(s + a, f)   mask max(a, f), where f absorbs any score
@@ -31,7 +30,19 @@ from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.region import constant_value
 from fxopt.passes._attention_operands import emit, place_term
-from fxopt.passes._attention_scores import ABSORBING, ROWS, Add, Cast, Fill, Floor, Instruction, Scale, tensor_of
+from fxopt.passes._attention_program import (
+    ABSORBING,
+    ROWS,
+    Add,
+    Cast,
+    Fill,
+    Floor,
+    Instruction,
+    Multiply,
+    Scale,
+    Sink,
+    tensor_of,
+)
 
 _SHAPED_LIKE = frozenset({aten.expand_as.default, aten.reshape_as.default, aten.view_as.default})
 
@@ -49,77 +60,51 @@ class Placed:
         return tensor_of(self.instruction)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """`scale` is a number; `factors` (known at run time only) go to q; `mask` is what makes the mask, in order."""
-
-    scale: float
-    factors: tuple[Scale, ...]
-    mask: tuple[Placed, ...]
-    is_causal: bool
-    covered: frozenset[Node] = frozenset()  # what took its shape from the scores
-    uniform: bool = False  # the mask is boolean and stands for filling in a huge finite number, not -inf
-
-
-def plan(
-    program: Sequence[Instruction],
-    sizes: Sequence[Dim],
-    scales: Sequence[Scale],
-    region: Collection[Node],
-    is_causal: bool,
-) -> Plan | Miss:
-    """What the program amounts to, or why it can't be one scale and one mask. `region` are the nodes matched."""
-    scale, factors = 1.0, []
-    for factor in [*scales, *(i for i in program if isinstance(i, Scale))]:
-        if isinstance(factor.by, Node):
-            factors.append(factor)
+def place_step(
+    step: Add | Fill | Multiply | Sink, sizes: Sequence[Dim], region: Collection[Node], covered: set[Node]
+) -> Placed | Miss:
+    """The instruction with its tensor brought to the coordinates; what took its shape from the scores is `covered`."""
+    tensor = tensor_of(step)
+    assert tensor is not None
+    shape: Sequence[Dim] = val(tensor).shape
+    before: list[Move] = []
+    base = tensor.args[0] if tensor.args else None
+    if tensor.target in _SHAPED_LIKE and tensor.args[1] in region:  # it must not keep the scores alive
+        covered.add(tensor)
+        assert isinstance(base, Node)
+        step = _reading(step, base)
+        if tensor.target is aten.expand_as.default:
+            shape = val(base).shape
         else:
-            scale = scale / factor.by if factor.divide else scale * factor.by
-    steps: list[Placed] = []
-    covered: set[Node] = set()
-    for index, step in enumerate(program):
-        tensor = tensor_of(step)
-        if tensor is None:
-            if steps:  # before the first mask there is nothing to scale or cast
-                steps.append(Placed(step))
-            continue
-        later = [s for s in program[index + 1 :] if not isinstance(s, (Cast, Fill))]
-        if isinstance(step, Fill) and step.value > ABSORBING:
-            if later:
-                return Miss(f"masked scores are filled with {step.value} and then changed further", tensor)
-            step = replace(step, value=ABSORBING, dtype=torch.promote_types(step.dtype, torch.float32))
-        shape = val(tensor).shape
-        before: list[Move] = []
-        if tensor.target in _SHAPED_LIKE and tensor.args[1] in region:  # it must not keep the scores alive
-            covered.add(tensor)
-            base = tensor.args[0]
-            assert isinstance(base, Node)
-            step = replace(step, term=base) if isinstance(step, Add) else replace(step, condition=base)  # type: ignore
-            if tensor.target is aten.expand_as.default:
-                shape = val(base).shape
-            else:
-                before = [("reshape", tuple(shape))]
-        moved = place_term(shape, step.layout, sizes)  # type: ignore[union-attr]
-        if moved is None:
-            return Miss(f"the mask {tensor.name} can't be brought to [batch, heads, rows, keys]", tensor)
-        steps.append(Placed(step, (*before, *moved)))
-    if not steps or is_causal:
-        return Plan(scale, tuple(factors), tuple(steps), is_causal, frozenset(covered))
+            before = [("reshape", tuple(shape))]
+    elif tensor.target is aten.expand.default and isinstance(base, Node) and _has_columns(step, base):
+        step, shape = _reading(step, base), val(base).shape  # broadcasting will do
+    if isinstance(step, Sink):
+        shape = (*shape[:-1], 1)
+    moved = place_term(shape, step.layout, sizes)
+    if moved is None:
+        return Miss(f"the mask {tensor.name} can't be brought to [batch, heads, rows, keys]", tensor)
+    return Placed(step, (*before, *moved))
+
+
+def _has_columns(step: Instruction, base: Node) -> bool:
+    return not isinstance(step, Sink) or (val(base).dim() > 0 and known_equal(val(base).shape[-1], step.columns))
+
+
+def _reading(step: Any, tensor: Node) -> Any:
+    return replace(step, condition=tensor) if isinstance(step, Fill) else replace(step, term=tensor)
+
+
+def take_triangle(steps: list[Placed], sizes: Sequence[Dim]) -> tuple[bool, list[Placed]]:
+    """Whether one of the masks is the causal one, and the others."""
     alone = sum(s.tensor is not None for s in steps) == 1
-    scaled = any(isinstance(s.instruction, (Scale, Floor)) for s in steps)
-    triangles = [] if scaled else [s for s in steps if _is_triangle(s, sizes, alone=alone)]
-    if triangles:
-        steps = [s for s in steps if s is not triangles[0]]
-    uniform = False
-    if torch.is_grad_enabled():
-        differentiable = _differentiable(steps)
-        if isinstance(differentiable, Miss):
-            return differentiable
-        uniform, steps = differentiable
-    return Plan(scale, tuple(factors), tuple(steps), bool(triangles), frozenset(covered), uniform)
+    if any(isinstance(s.instruction, (Scale, Multiply, Floor)) for s in steps):
+        return False, steps
+    triangle = next((s for s in steps if _is_triangle(s, sizes, alone=alone)), None)
+    return triangle is not None, [s for s in steps if s is not triangle]
 
 
-def _differentiable(steps: list[Placed]) -> tuple[bool, list[Placed]] | Miss:
+def differentiable(steps: list[Placed]) -> tuple[bool, list[Placed]] | Miss:
     """The steps as a mask whose gradients are the model's own, and whether it is "uniform"; or why there is none.
 
     Rows masked throughout by finite numbers pass gradients on to q and k where those were added, not where they were
@@ -128,7 +113,7 @@ def _differentiable(steps: list[Placed]) -> tuple[bool, list[Placed]] | Miss:
     for step in steps:
         if isinstance(step.instruction, Floor):
             return Miss(f"scores raised to {step.instruction.value} pass no gradients on, masked ones do", step.tensor)
-    masks = [s.instruction for s in steps if s.tensor is not None]
+    masks = [s.instruction for s in steps if isinstance(s.instruction, (Add, Fill))]
     finite = {i.value for i in masks if isinstance(i, Fill) and i.value > -math.inf}
     if not finite:
         return False, steps
@@ -141,7 +126,7 @@ def _differentiable(steps: list[Placed]) -> tuple[bool, list[Placed]] | Miss:
 def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) -> Node | None:
     """Insert the nodes that make the mask; None if there is none."""
     mask: Node | None = None
-    summed = sum(isinstance(s.instruction, (Add, Fill)) for s in steps) > 1
+    summed = sum(isinstance(s.instruction, (Add, Fill, Multiply)) for s in steps) > 1
     last = max((i for i, s in enumerate(steps) if not isinstance(s.instruction, Cast)), default=-1)
     for i, step in enumerate(steps):
         at = step.instruction
@@ -159,6 +144,9 @@ def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) ->
                 mask = match.call(aten.to.dtype, mask, at.dtype)
         elif isinstance(at, Scale) and mask is not None:
             mask = multiply(match, _additive(match, mask, torch.float32), at)
+        elif isinstance(at, Multiply) and mask is not None:
+            by = emit(match, at.term, step.moves, sources)
+            mask = match.call(aten.div.Tensor if at.divide else aten.mul.Tensor, _additive(match, mask, at.dtype), by)
         elif isinstance(at, Floor) and mask is not None:
             mask = match.call(aten.clamp_min.default, _additive(match, mask, torch.float32), at.value)
     return mask

@@ -34,7 +34,8 @@ from fxopt.match.axes import (
 )
 from fxopt.match.match import Match
 from fxopt.match.region import back, private, size_source
-from fxopt.passes._attention_scores import Scale, scaling
+from fxopt.passes._attention_program import Scale
+from fxopt.passes._attention_scores import scaling
 
 #: layout ops between an operand and its base that are looked through
 MAX_CHAIN = 16
@@ -72,11 +73,12 @@ def place(
     grouped: bool = False,
     scaled: bool = False,
     casts: bool = False,
+    bare: bool = False,
 ) -> Operand | None:
     """The operand that reaches the matmul as `end`, in coordinates [batch, heads, rows, width]; None if it can't be.
 
     transposed: `end` is [..., width, rows]. grouped: repeated heads may stay unrepeated. scaled: multiplications by
-    numbers may be taken off. casts: so may casts to a wider dtype.
+    numbers may be taken off. casts: so may casts to a wider dtype. bare: nothing may be, `end` itself is the base.
     """
 
     def through_chain(node: Node) -> bool:
@@ -85,7 +87,7 @@ def place(
         return (scaled and scaling(node) is not None) or (casts and is_widening_cast(node))
 
     chain = list(back(end, through_chain))[:MAX_CHAIN]
-    usable = len(private(chain, region))  # a base may be shared, what lies after it may not
+    usable = 0 if bare else len(private(chain, region))  # a base may be shared, what lies after it may not
     best: tuple[tuple[int, int], Operand] | None = None
     for i, base in enumerate(chain[: usable + 1]):
         covered = tuple(chain[:i])

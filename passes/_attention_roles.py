@@ -1,7 +1,9 @@
 """Reading the roles of attention off a graph: q, k, v, the score program and the product with v.
 
-1. Anchor on a softmax; walk forward through casts and layout ops to the matmul that takes the weights.
-2. Walk back to the matmul that makes the scores: the nearest of those with as many elements as the scores.
+1. Anchor on a softmax; walk forward to the matmul that takes the weights, whatever is done to them on the way
+   (`_attention_weights`).
+2. Walk back to the matmuls that might make the scores: those with as many elements, nearest first. The first that works
+   out is q kᵀ, others are terms. Where there is none, the scores are given: a bias without q and k.
 3. Interpret what lies between as steps of one carried value (`_attention_scores`).
 4. Place q, k and v (`_attention_operands`).
 
@@ -11,6 +13,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,32 +23,28 @@ from torch.fx import Node
 
 from fxopt.graph.query import arguments, aten, is_call, val
 from fxopt.graph.symbols import Dim, known_equal, same_shape
-from fxopt.match.axes import Layout, extent, identity, product, reshape, simplify, through
+from fxopt.match.axes import Layout, extent, identity, product, reshape, simplify
 from fxopt.match.miss import Miss
-from fxopt.match.region import Step, back, carried, consumers, passes_on, producers
+from fxopt.match.region import Step, back, carried, producers
 from fxopt.passes._attention_operands import Frame, Operand, place
-from fxopt.passes._attention_scores import (
-    ROWS,
-    Add,
-    Cast,
-    Fill,
-    Instruction,
-    Scale,
-    is_keys,
-    read_program,
-)
+from fxopt.passes._attention_program import ROWS, Add, Cast, Fill, Instruction, Scale
+from fxopt.passes._attention_scores import is_keys, read_program
+from fxopt.passes._attention_weights import MATMULS, Plus, Weights, read_weights, takes_weights
 
-MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default)
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
 SDPA = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
 class Roles:
-    """An attention site. `sizes` are [batch, heads, rows, keys]; `covered` are the nodes that a rewrite makes dead."""
+    """An attention site. `sizes` are [batch, heads, rows, keys]; `covered` are the nodes that a rewrite makes dead.
 
-    q: Operand
-    k: Operand
+    Where the scores are given, not made from q and k, those two are None. `weights` says what is done to the attention
+    weights before the product (None for SDPA, which doesn't show them).
+    """
+
+    q: Operand | None
+    k: Operand | None
     v: Operand
     program: tuple[Instruction, ...]
     sizes: tuple[Dim, Dim, Dim, Dim]
@@ -53,24 +52,37 @@ class Roles:
     covered: frozenset[Node]
     is_causal: bool = False
     empty_rows: str = "nan"
+    weights: Weights | None = None
+    width: Dim = 0  # of q and k
+
+    @property
+    def operands(self) -> list[Operand]:
+        """Those of q, k and v that are there."""
+        return [operand for operand in (self.q, self.k, self.v) if operand is not None]
 
 
-def read_softmax(softmax: Node) -> Roles | Miss | None:
-    """The roles around a softmax, a near miss, or None where nothing looks like attention."""
+def read_softmax(softmax: Node) -> Iterator[Roles | Miss]:
+    """What the roles around a softmax may be, the likeliest first, near misses among them; nothing if not attention."""
     given = arguments(softmax)
-    scores_end = softmax.args[0]
-    if not isinstance(scores_end, Node) or not isinstance(val(softmax), Tensor):
-        return None
-    scores = _score_product(scores_end)
-    if scores is None or val(scores).dim() < 2:
-        return None
-    ahead = _weights_product(softmax)
-    if ahead is None:
-        return None
+    end = softmax.args[0]
+    if not isinstance(end, Node) or not isinstance(val(softmax), Tensor) or val(softmax).dim() < 2:
+        return
     rank = val(softmax).dim()
+    products, made = _score_products(end)
+    if not made or not takes_weights(softmax):
+        return
     if given["dim"] % rank != rank - 1:
-        return Miss(f"the softmax is over dimension {given['dim'] % rank} of {rank}, not the last", softmax, 2)
-    steps = carried(scores, scores_end) if scores is not scores_end else []
+        yield Miss(f"the softmax is over dimension {given['dim'] % rank} of {rank}, not the last", softmax, 2)
+        return
+    for scores in products:
+        yield _read(softmax, end, scores)
+    if not products:
+        yield _read_given(softmax, end)
+
+
+def _read(softmax: Node, end: Node, scores: Node) -> Roles | Miss:
+    """The roles if `scores` is the product of q and k."""
+    steps = carried(scores, end) if scores is not end else []
     if isinstance(steps, Miss):
         return replace(steps, progress=2)
     lhs, rhs, start = _factors(scores)
@@ -84,34 +96,72 @@ def read_softmax(softmax: Node) -> Roles | Miss | None:
         return replace(read, progress=2 + read.progress)
     program, layout = [*start, *read[0]], read[1]
     progress = 2 + len(steps)
-    if val(softmax).dtype != val(scores_end).dtype:  # softmax.int(x, dim, dtype)
+    if val(softmax).dtype != val(end).dtype:  # softmax.int(x, dim, dtype)
         program.append(Cast(val(softmax).dtype))
-    if isinstance(ahead, Miss):
-        return replace(ahead, progress=progress)
-    output, path = ahead
     if not is_keys(layout[-1], layout):
         return Miss("the softmax is not over the keys: the scores were laid out anew before it", softmax, progress)
-    for node in path:
-        after = through(node, layout)
-        if after is None:
-            return Miss(f"{node.name} lays the weights out in a way that can't be followed", node, progress)
-        layout = after
-    lead = _output_lead(layout, output, sizes)
-    if isinstance(lead, Miss):
-        return replace(lead, progress=progress)
-
+    weights = _weights(softmax, layout, program, sizes)
+    if isinstance(weights, Miss):
+        return replace(weights, progress=progress)
+    output, lead = weights.output, weights.lead
     wide = {i.dtype for i in program if isinstance(i, (Add, Fill, Cast))} | {val(scores).dtype, val(softmax).dtype}
     if torch.float64 in wide and torch.float64 not in {val(lhs).dtype, val(output).dtype}:
         return Miss("the scores are computed in float64, wider than the fused op would", scores, progress)
-    region = {scores, softmax, output, *path, *(n for s in steps for n in (*s.inner, s.node))}
+    region = {scores, softmax, output, *weights.region, *(n for s in steps for n in (*s.inner, s.node))}
     frames = (frame, frame, Frame(lead, frame.batch, frame.heads))
-    operands = _operands(lhs, rhs, output.args[1], frames, region, transposed=True, casts=val(output).dtype)
+    operands = _operands(
+        lhs, rhs, weights.values, frames, region, transposed=True, casts=val(output).dtype, bare=_is_read_again(weights)
+    )
     if isinstance(operands, Miss):
         return replace(operands, progress=progress)
     q, k, v = operands
     covered = frozenset(region.union(q.covered, k.covered, v.covered))
-    empty_rows = "zero" if softmax.target is aten._safe_softmax.default else "nan"
-    return Roles(q, k, v, tuple(program), sizes, output, covered, False, empty_rows)
+    empty_rows = _empty_rows(softmax, weights)
+    width = val(lhs).shape[-1]
+    return Roles(q, k, v, tuple(program), sizes, output, covered, False, empty_rows, weights, width)
+
+
+def _read_given(softmax: Node, end: Node) -> Roles | Miss:
+    """The roles where no product makes the scores: the scores are what is added to none."""
+    shape = val(end).shape
+    given = _split(tuple(shape[:-2]))
+    sizes = (given.batch, given.heads, shape[-2], shape[-1])
+    layout = reshape(identity(sizes), shape)
+    if layout is None:
+        return Miss("the dimensions of the scores can't be told apart", end, 2)
+    weights = _weights(softmax, layout, (), sizes)
+    if isinstance(weights, Miss):
+        return replace(weights, progress=2)
+    output, values = weights.output, weights.values
+    if torch.float64 in {val(end).dtype, val(softmax).dtype} and val(output).dtype != torch.float64:
+        return Miss("the scores are computed in float64, wider than the fused op would", end, 2)
+    region = {softmax, output, *weights.region}
+    frame = Frame(weights.lead, sizes[0], sizes[1])
+    v = place(values, frame, region, bare=_is_read_again(weights))
+    if v is None:
+        return Miss("v can't be brought to [batch, heads, rows, width]", values, 2)
+    program = (Add(end, 1, val(end).dtype, layout),)
+    covered = frozenset(region.union(v.covered))
+    return Roles(None, None, v, program, sizes, output, covered, False, _empty_rows(softmax, weights), weights)
+
+
+def _empty_rows(softmax: Node, weights: Weights) -> str:
+    return "zero" if softmax.target is aten._safe_softmax.default or weights.zero_empty else "nan"
+
+
+def _is_read_again(weights: Weights) -> bool:
+    """Whether the replacement reads the model's own v, for a product of its own."""
+    return any(isinstance(change, Plus) for change in weights.changes)
+
+
+def _weights(softmax: Node, layout: Layout, program: Sequence[Instruction], sizes: tuple[Dim, ...]) -> Weights | Miss:
+    weights = read_weights(softmax, layout, program)
+    if weights is None:
+        return Miss("no product takes the attention weights", softmax)
+    if isinstance(weights, Miss):
+        return weights
+    lead = _output_lead(weights.layout, weights.output, sizes)
+    return lead if isinstance(lead, Miss) else replace(weights, lead=lead)
 
 
 def read_sdpa(node: Node) -> Roles | Miss:
@@ -153,34 +203,27 @@ def read_sdpa(node: Node) -> Roles | Miss:
     return Roles(*operands, tuple(program), sizes, node, covered, bool(given["is_causal"]), "zero")
 
 
-def _score_product(scores: Node) -> Node | None:
-    """The matmul that makes the scores, or None: the nearest with as many elements, else the nearest."""
-    found = [n for n in producers(scores, lambda n: is_call(n, *MATMULS, aten.linear.default)) if is_call(n, *MATMULS)]
-    wanted = product(val(scores).shape)
-    return next((n for n in found if known_equal(product(val(n).shape), wanted)), found[0] if found else None)
+def _score_products(end: Node) -> tuple[list[Node], bool]:
+    """The matmuls that may make the scores, likeliest first, and whether there is any matmul behind them at all.
 
+    Those with as many elements as the scores, nearest first, also through a linear layer (over the heads); else the
+    nearest, for its reason why not.
+    """
 
-def _weights_product(softmax: Node) -> tuple[Node, list[Node]] | Miss | None:
-    """The matmul that takes the weights as its left operand and the nodes between; a miss, or None if there is none."""
-    used = consumers(softmax)
-    products = [(user, path) for user, path in used if is_call(user, *MATMULS)]
-    if not products:
-        for user, _ in used:  # does some other op stand between the weights and a product?
-            if passes_on(user) and any(is_call(u, *MATMULS) for u, _ in consumers(user, passes_on)):
-                what = "dropout is active on" if is_call(user, aten.dropout) else f"{user.target} is applied to"
-                return Miss(f"{what} the attention weights", user, 2)
-        return None
-    user, path = products[0]
-    others = [u for u, _ in used if u is not user]
-    if others:
-        return Miss(f"the attention weights are also used by {others[0].name}", others[0], 2)
-    weights = path[-1] if path else softmax
-    position = 1 if user.target in (aten.baddbmm.default, aten.addmm.default) else 0
-    if [i for i, a in enumerate(user.args) if a is weights] != [position]:
-        return Miss(f"the attention weights are not the left operand of {user.name}", user, 2)
-    if position == 1:
-        return Miss(f"{user.name} adds something to the product of weights and values", user, 2)
-    return user, list(path)
+    def is_product(node: Node) -> bool:
+        return is_call(node, *MATMULS, aten.linear.default)
+
+    found = producers(end, is_product)
+    products = [n for n in found if is_call(n, *MATMULS)]
+    for linear in found:
+        if is_call(linear, aten.linear.default) and isinstance(linear.args[0], Node):
+            products += [n for n in producers(linear.args[0], is_product) if is_call(n, *MATMULS)]
+    products = [n for n in dict.fromkeys(products) if val(n).dim() >= 2]
+    wanted = product(val(end).shape)
+    fitting = [n for n in products if known_equal(product(val(n).shape), wanted)]
+    if fitting or not any(is_call(n, *MATMULS) for n in found):
+        return fitting, bool(found)
+    return products[:1], True
 
 
 def _factors(scores: Node) -> tuple[Node, Node, list[Instruction]]:
@@ -245,15 +288,19 @@ def _operands(
     *,
     transposed: bool,
     casts: torch.dtype | None,
+    bare: bool = False,
 ) -> tuple[Operand, Operand, Operand] | Miss:
-    """q, k and v placed; `casts` is the result's dtype if q and k may be taken before a cast to a wider dtype."""
+    """q, k and v placed; `casts` is the result's dtype if q and k may be taken before a cast to a wider dtype.
+
+    `bare`: v is taken as the product reads it.
+    """
     scaled = transposed  # SDPA's own operands are taken as they are
 
     def placed(grouped: bool, widened: bool) -> tuple[Operand | None, Operand | None, Operand | None]:
         return (
             place(lhs, frames[0], region, scaled=scaled, casts=widened),
             place(rhs, frames[1], region, transposed=transposed, grouped=grouped, scaled=scaled, casts=widened),
-            place(values, frames[2], region, grouped=grouped),
+            place(values, frames[2], region, grouped=grouped, bare=bare),
         )
 
     for grouped, widened in ((True, True), (True, False), (False, True), (False, False)):

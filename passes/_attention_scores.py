@@ -1,94 +1,43 @@
-"""What a model does to its attention scores between q kᵀ and the softmax, as a short program.
-
-    scores = scale · q kᵀ, and then any of: scaled again, a tensor added, positions filled, cast, laid out anew
-
-Each step is kept with the layout that the scores had there, over the coordinates [batch, heads, rows, keys] of the
-fused op, so that a mask added to [batch · heads, rows, keys] can be brought to those coordinates.
-"""
+"""Reading the score program: the steps between q kᵀ and the softmax as instructions (`_attention_program`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import arguments, aten, is_cast, is_copy, val
+from fxopt.graph.query import arguments, aten, is_call, is_cast, is_copy, val
 from fxopt.graph.symbols import known_equal, same_shape
 from fxopt.match.axes import Group, Layout, is_layout, through
 from fxopt.match.miss import Miss
 from fxopt.match.region import Step, constant_value, number
-
-#: the coordinates of the scores
-BATCH, HEADS, ROWS, KEYS = range(4)
-
-#: a fill at least this negative absorbs any score that is added to it, so filling and adding come to the same
-ABSORBING = -1e30
-#: a fill at least this negative leaves a key no weight beside a live one
-NEGLIGIBLE = -9e3
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The scores are multiplied (or divided) by a number, a symbolic number or a tensor of one element."""
-
-    by: Any
-    divide: bool = False
-
-
-@dataclass(frozen=True)
-class Add:
-    """`alpha` times a tensor is added; the sum has `dtype`."""
-
-    term: Node
-    alpha: Any
-    dtype: torch.dtype
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Where `condition` is not `keep`, the scores are replaced by `value`."""
-
-    condition: Node
-    keep: bool
-    value: float
-    dtype: torch.dtype
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Cast:
-    """The scores take another dtype."""
-
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Floor:
-    """Scores below `value`, which absorbs any score, are raised to it: -inf becomes finite."""
-
-    value: float
-
-
-Instruction = Scale | Add | Fill | Cast | Floor
-
-
-def tensor_of(step: Instruction) -> Node | None:
-    """The tensor that an instruction adds or fills by."""
-    if isinstance(step, Add):
-        return step.term
-    return step.condition if isinstance(step, Fill) else None
-
+from fxopt.passes._attention_program import (
+    ABSORBING,
+    HEADS,
+    KEYS,
+    NEGLIGIBLE,
+    Add,
+    Cast,
+    Fill,
+    Floor,
+    Instruction,
+    Mix,
+    Multiply,
+    Scale,
+    Shift,
+    Sink,
+    Tanh,
+)
 
 _ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
 _SUBS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
 _MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 _DIVS = frozenset({aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor})
+_RESHAPING = (aten.cat.default, aten.linear.default)  # read on their own
 _WHERES = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf})
 _FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 _CLAMPS = frozenset(
@@ -117,10 +66,10 @@ def read_program(steps: Iterable[Step], layout: Layout) -> tuple[list[Instructio
             if after is None:
                 return Miss(f"{node.name} lays the scores out in a way that can't be followed", node, count)
             layout = after
-        elif node.target is not aten.cat.default and not same_shape(val(node).shape, val(step.before).shape):
+        elif not is_call(node, *_RESHAPING) and not same_shape(val(node).shape, val(step.before).shape):
             return Miss(f"{node.name} changes the shape of the scores ({_name(node)})", node, count)
         elif _is_row_shift(step) and is_keys(layout[-1], layout):
-            continue  # softmax doesn't see what is subtracted from a whole row
+            program.append(Shift(node))
         elif step.inner:
             return Miss(f"the scores enter {node.name} in more than one way", node, count)
         else:
@@ -167,7 +116,9 @@ def _instructions(step: Step, layout: Layout) -> list[Instruction] | str:
     node, before = step.node, step.before
     dtype = val(node).dtype
     if node.target is aten.cat.default:
-        return "extra columns (sinks, or blocks of scores) are concatenated to the scores"
+        return _sink(step, layout)
+    if node.target is aten.linear.default:
+        return _mixed(step, layout)
     positions = [i for i, a in enumerate(node.args) if a is before]
     if len(positions) != 1:
         return f"the scores enter {node.name} {len(positions)} times"
@@ -178,8 +129,9 @@ def _instructions(step: Step, layout: Layout) -> list[Instruction] | str:
         other = node.args[1 - position]
         by = scalar(other)
         if by is None:
-            shape = list(val(other).shape) if isinstance(val(other), Tensor) else val(other)
-            return f"the scores are scaled by the tensor {other} of shape {shape}, not by a number"
+            if not isinstance(val(other), Tensor) or not val(other).is_floating_point():
+                return f"the scores are scaled by {other}, which is no floating-point tensor or number"
+            return [Multiply(other, node.target in _DIVS, dtype, layout)]  # type: ignore[arg-type]
         if by == 0 and node.target in _DIVS:
             return f"{node.name} divides the scores by zero"
         return [Scale(by, node.target in _DIVS)]
@@ -188,7 +140,7 @@ def _instructions(step: Step, layout: Layout) -> list[Instruction] | str:
     if node.target in _WHERES or node.target in _FILLS:
         return _filled(node, position, dtype, layout)
     if node.target is aten.tanh.default:
-        return "the scores are soft-capped (tanh), which this fusion does not do"
+        return [Tanh(node)]
     if node.target in _CLAMPS:
         floor = _floor(node, position)
         if floor is not None and floor <= ABSORBING:
@@ -216,10 +168,34 @@ def _added(node: Node, position: int, dtype: torch.dtype, layout: Layout) -> lis
     if plain is not None:
         if not isinstance(plain, Node) and not math.isfinite(plain):
             return f"{node.name} adds {plain}"
-        return program  # softmax doesn't see a number added to all scores
+        return [*program, Shift(node)] if plain != 0 else program
     if not isinstance(val(other), Tensor) or val(other).is_complex():
         return f"{node.name} adds something that is no real tensor"
     return [*program, Add(other, factor, dtype, layout)]
+
+
+def _sink(step: Step, layout: Layout) -> list[Instruction] | str:
+    """Columns concatenated to the scores: with their weights dropped later, scores of keys without a value."""
+    node = step.node
+    parts, dim = list(node.args[0]), arguments(node)["dim"]  # type: ignore[arg-type]
+    at = [i for i, part in enumerate(parts) if part is step.before]
+    if step.inner or len(at) != 1 or dim % val(node).dim() != val(node).dim() - 1 or not is_keys(layout[-1], layout):
+        return "blocks of scores are concatenated"
+    others = [part for i, part in enumerate(parts) if i != at[0]]
+    if len(others) != 1 or not val(others[0]).is_floating_point():
+        return "columns are concatenated to the scores on both sides"
+    return [Sink(others[0], val(others[0]).shape[-1], at[0] == 1, layout)]
+
+
+def _mixed(step: Step, layout: Layout) -> list[Instruction] | str:
+    """A linear layer over the heads."""
+    node = step.node
+    weight = node.args[1]
+    heads = [axis for group in layout for axis in group if axis.dim == HEADS]
+    square = isinstance(weight, Node) and known_equal(val(weight).shape[0], val(weight).shape[1])
+    if node.args[0] is not step.before or step.inner or not square or list(layout[-1]) != heads or len(heads) != 1:
+        return "the scores go through a linear layer"
+    return [Mix(weight, node)]  # type: ignore[arg-type]
 
 
 def _filled(node: Node, position: int, dtype: torch.dtype, layout: Layout) -> list[Instruction] | str:

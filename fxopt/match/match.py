@@ -55,11 +55,12 @@ class Match:
         """
         function = getattr(target, "overload", target)
         graph = self.graph
-        with graph.inserting_before(self.insert_before or max(self.outputs)):
-            node = graph.call_function(function, args, kwargs)
         values = tree_map(val, (args, kwargs))
         with self.fake_mode():
-            node.meta["val"] = function(*values[0], **values[1])
+            value = function(*values[0], **values[1])  # where this raises, nothing was inserted
+        with graph.inserting_before(self.insert_before or max(self.outputs)):
+            node = graph.call_function(function, args, kwargs)
+        node.meta["val"] = value
         self.made.append(node)
         return node
 

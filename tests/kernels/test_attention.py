@@ -256,13 +256,15 @@ def test_gradients_of_masked_keys_are_zero_not_nan():
             assert not grad.isnan().any()
 
 
-@pytest.mark.parametrize("implementation", ["op", "sdpa"])
+@pytest.mark.parametrize("implementation", ["op", "sdpa", "decomposed"])
 def test_dynamic_shapes(implementation):
-    run = attention if implementation == "op" else attention.implementations[-1].run
+    named = {i.name: i.run for i in attention.implementations} | {"op": attention}
+    run = named[implementation]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda q, k, v, mask: run(q, k, v, mask, 0.3, False, "nan"), backend=counter, dynamic=True, fullgraph=True
-    )
+        lambda q, k, v, mask: run(q, k, v, mask, 0.3, False, "nan", None, None, None),
+        backend=counter, dynamic=True, fullgraph=True,
+    )  # fmt: skip
     for rows, keys in ((3, 5), (6, 9), (4, 11)):
         q, k, v = qkv((2, 4, 2, rows, keys, 8, 8))
         mask = torch.randn(2, 1, rows, keys)
@@ -299,7 +301,7 @@ REPLAYED = Target(CUDA, cuda_graphs=True)
     (REPLAYED, long_case(dtype=F64), "sdpa"),
     (REPLAYED, long_case(width=264), "sdpa"),
     (Target(CPU), long_case(), "sdpa"),
-    (Target(CPU), long_case(scale=-0.1), "reference"),
+    (Target(CPU), long_case(scale=-0.1), "decomposed"),
 ])  # fmt: skip
 def test_which_implementation_serves_where(target, args, chosen):
     pytest.importorskip("triton")

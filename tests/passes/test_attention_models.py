@@ -62,10 +62,10 @@ MODELS: dict[str, tuple[dict, Callable[[], dict], int, str]] = {
     ),
     "gemma2": (
         {**DECODER, "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 8},
-        text(use_cache=False), 0, "soft-capped",
+        text(use_cache=False), 2, "",
     ),
     "gpt_oss": (
-        {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1}, text(use_cache=False), 0, "concatenated",
+        {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1}, text(use_cache=False), 2, "",
     ),
     "whisper": (
         {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,

@@ -48,17 +48,79 @@ def heads_moved(q, k, v, m):
     return torch.softmax(q @ k.mT, -1).transpose(0, 1).reshape(2, 4, 5, 7) @ v
 
 
-def soft_cap(q, k, v, m):
-    return attend(torch.tanh(q @ k.mT / 50.0) * 50.0, v)
+def soft_cap_after_the_mask(q, k, v, m):
+    return attend(torch.tanh((q @ k.mT + m) / 5.0) * 5.0, v)
 
 
-def sinks(q, k, v, m):
-    scores = torch.cat([q @ k.mT, m[..., :1]], -1)
+def soft_cap_shifted(q, k, v, m):
+    return attend(torch.tanh((q @ k.mT + 1.0) / 5.0) * 5.0, v)
+
+
+def soft_cap_after_the_row_maximum(q, k, v, m):
+    scores = q @ k.mT
+    return attend(torch.tanh((scores - scores.amax(-1, keepdim=True)) / 5.0) * 5.0, v)
+
+
+def soft_cap_per_head(q, k, v, m):
+    return attend(torch.tanh(q @ k.mT) * m[:, :, :1, :1], v)
+
+
+def multiplied_after_the_row_maximum(q, k, v, m):
+    scores = q @ k.mT
+    return attend((scores - scores.amax(-1, keepdim=True)) * m, v)
+
+
+def sink_that_is_kept(q, k, v, m):
+    return torch.softmax(torch.cat([q @ k.mT, m[..., :1]], -1), -1) @ torch.cat([v, v[:, :, :1]], 2)
+
+
+def key_dropped_in_place_of_the_sink(q, k, v, m):
+    return torch.softmax(torch.cat([q @ k.mT, m[..., :1]], -1), -1)[..., 1:] @ v
+
+
+def sink_beside_shifted_scores(q, k, v, m):
+    scores = q @ k.mT
+    scores = torch.cat([scores - scores.amax(-1, keepdim=True), m[..., :1]], -1)
     return torch.softmax(scores, -1)[..., :-1] @ v
 
 
-def scale_per_head(q, k, v, m):
-    return attend(q @ k.mT * m[:, :, :1, :1], v)
+def masked_after_the_sink(q, k, v, m):
+    scores = torch.cat([q @ k.mT, m[..., :1]], -1) + torch.cat([m, m[..., :1]], -1)
+    return torch.softmax(scores, -1)[..., :-1] @ v
+
+
+def columns_on_both_sides(q, k, v, m):
+    return torch.softmax(torch.cat([m[..., :1], q @ k.mT, m[..., :1]], -1), -1)[..., 1:-1] @ v
+
+
+def weights_scaled_key_by_key(q, k, v, m):
+    return (torch.softmax(q @ k.mT, -1) * m) @ v
+
+
+def weights_divided_by_the_sum_of_others(q, k, v, m):
+    weights = torch.softmax(q @ k.mT, -1)
+    return (weights / weights.sum(-2, keepdim=True)) @ v
+
+
+def weights_blanked_elsewhere(q, k, v, m):
+    weights = torch.softmax((q @ k.mT).masked_fill(m > 1, -torch.inf), -1)
+    return weights.masked_fill(m > 0, 0.0) @ v
+
+
+def heads_mixed_too_wide(q, k, v, m):
+    q, k, v = (x.repeat(1, 1, 1, 9) for x in (q, k, v))
+    scores = F.linear((q @ k.mT).permute(0, 2, 3, 1), m[0, 0, :4, :4]).permute(0, 3, 1, 2)
+    return attend(scores, v)
+
+
+def rows_mixed(q, k, v, m):
+    scores = F.linear((q @ k.mT).permute(0, 1, 3, 2), m[0, 0, :, :5]).permute(0, 1, 3, 2)
+    return attend(scores, v)
+
+
+def heads_mixed_after_a_mask(q, k, v, m):
+    scores = F.linear((q @ k.mT + m).permute(0, 2, 3, 1), m[0, 0, :4, :4]).permute(0, 3, 1, 2)
+    return attend(scores, v)
 
 
 def clamped(q, k, v, m):
@@ -120,9 +182,22 @@ REFUSED = {
     scores_transposed: "",
     weights_transposed: "not over the keys",
     heads_moved: "rows or heads are moved",
-    soft_cap: "soft-capped",
-    sinks: "concatenated to the scores",
-    scale_per_head: "scaled by the tensor",
+    soft_cap_after_the_mask: "capped after they were masked",
+    soft_cap_shifted: "added to whole rows before the scores are capped",
+    soft_cap_after_the_row_maximum: "added to whole rows before the scores are capped",
+    soft_cap_per_head: "capped scores are multiplied by the tensor",
+    multiplied_after_the_row_maximum: "before they are multiplied key by key",
+    sink_that_is_kept: "they are keys, not a sink",
+    key_dropped_in_place_of_the_sink: "other weights than those of the extra columns",
+    sink_beside_shifted_scores: "before a sink is put beside them",
+    masked_after_the_sink: "changed after extra columns",
+    columns_on_both_sides: "columns are concatenated to the scores on both sides",
+    weights_scaled_key_by_key: "multiplied key by key",
+    weights_divided_by_the_sum_of_others: "in more than one way",
+    weights_blanked_elsewhere: "at other positions than were masked",
+    heads_mixed_too_wide: "side by side they are wider",
+    rows_mixed: "go through a linear layer",
+    heads_mixed_after_a_mask: "heads are mixed after the scores were masked",
     clamped: "clamped",
     small_fill: "leaves them weight",
     fill_changed_afterwards: "then changed further",
