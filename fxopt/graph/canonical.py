@@ -6,6 +6,7 @@ is renamed computes the same. A rule that would need more than that is a raising
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.graph.casts import casts_first
 from fxopt.graph.query import (
@@ -178,8 +179,8 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
     """`x.op_(...)` on a value that nothing else can see becomes `x = x.op(...)`.
 
     Only where the storage holds nothing but the value and further in-place steps on all of it, each with a functional
-    form: no view of it exists, so nothing can observe the write. A step without gradients on a value with them (`cut`)
-    stays: it changes the value and keeps its history.
+    form, and then views that nothing writes to: no view exists while it is written, so nothing can observe the write. A
+    step without gradients on a value with them (`cut`) stays: it changes the value and keeps its history.
     """
     changed = 0
     homes: dict[int, list[Node]] = {}
@@ -187,7 +188,13 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
         for home in storages(node):
             homes.setdefault(home, []).append(node)
     for sharing in homes.values():
-        base, *steps = sharing
+        base, *rest = sharing
+        steps = list(itertools.takewhile(is_mutable, rest))
+        views = rest[len(steps) :]
+        if any(is_mutable(v) or not is_tensor(v) or v.op != "call_function" for v in views):
+            continue
+        if any(is_mutable(user) and user not in steps for node in sharing for user in node.users):
+            continue
         if not steps or base.op != "call_function" or not is_tensor(base) or written_arguments(base):
             continue
         if any(step in cut for step in steps) and base not in cut:
@@ -195,6 +202,10 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
         if all(_functional_form(s) is not None and same_shape(val(s).shape, val(base).shape) for s in steps):
             for step in steps:
                 _replace_in_place(graph, step)
+            for view in views:  # of the new value now
+                args, kwargs = tree_map(val, (view.args, view.kwargs))
+                with val(view).fake_mode:
+                    view.meta["val"] = view.target(*args, **kwargs)  # type: ignore[operator]
             changed += len(steps)
     return changed
 

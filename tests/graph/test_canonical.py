@@ -122,3 +122,28 @@ def test_the_functional_form_takes_what_the_in_place_one_took(captured, step):
     program = lambda x: step(x + 1)  # noqa: E731
     torch.testing.assert_close(captured.run(program, x), program(x))
     assert not any(t._schema.is_mutable for t in captured.targets() if hasattr(t, "_schema"))
+
+
+def test_in_place_before_views_becomes_functional(captured):
+    def program(x, y):
+        z = x @ y
+        z += y
+        return z.view(2, -1).add(1).view(4, 4), z.sum()
+
+    inputs = (torch.randn(4, 4), torch.randn(4, 4))
+    for actual, expected in zip(captured.run(program, *inputs), program(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert aten.add_.Tensor not in captured.targets()
+
+
+def test_in_place_between_views_is_left_alone(captured):
+    def program(x, y):
+        z = x @ y
+        z += y
+        first = z.view(2, -1)
+        z += y
+        return first.sum()
+
+    inputs = (torch.randn(4, 4), torch.randn(4, 4))
+    torch.testing.assert_close(captured.run(program, *inputs), program(*inputs))
+    assert aten.add_.Tensor in captured.targets()
