@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fxopt.rewrite.plugins import fusions as fusions
     from fxopt.rewrite.plugins import register as register
     from fxopt.rewrite.plugins import unregister as unregister
+    from fxopt.rewrite.rule import rule as rule
     from fxopt.view.bisection import Bisection as Bisection
     from fxopt.view.bisection import bisect as bisect
     from fxopt.view.explain import Explanation as Explanation
@@ -63,6 +64,7 @@ _HOMES = {
     "fusions": "fxopt.rewrite.plugins",
     "register": "fxopt.rewrite.plugins",
     "unregister": "fxopt.rewrite.plugins",
+    "rule": "fxopt.rewrite.rule",
     "Bisection": "fxopt.view.bisection",
     "bisect": "fxopt.view.bisection",
     "Explanation": "fxopt.view.explain",
