@@ -22,7 +22,7 @@ from fxopt.rewrite.evaluate import run_promoted
 from fxopt.rewrite.region import Pair
 from fxopt.rewrite.standin import Sizes
 
-#: of the largest gradient: what rounding leaves where a gradient is zero (that of a constant added to all scores, say)
+#: what rounding leaves where a gradient is zero, of the largest gradient or of 1 (the size of values and cotangents)
 _ROUNDING = 1e-13
 
 
@@ -58,6 +58,7 @@ def gradient_difference(
     except Exception as error:
         return f"the gradient of the replacement raised {type(error).__name__}: {error}"
     largest = max((float(g.abs().nan_to_num(0, 0, 0).max()) for g in old if g.numel()), default=0.0)
+    largest = max(largest, 1.0)
     for node, a, b in zip(inputs, old, new, strict=True):
         apart = distance(a, b)
         if apart.error > tolerance and not _is_rounding(apart, a, b, largest):

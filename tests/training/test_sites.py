@@ -126,12 +126,33 @@ def test_rows_masked_throughout_by_a_number_filled_in(value):
     assert [s.implementation for s in rec.sites] == ["sdpa"]
 
 
-def test_minus_infinity():
-    live = keep()
-    live[:, :, 2, :3] = True
-    for program in (masked(-math.inf), added(-math.inf)):
-        torch._dynamo.reset()
-        check(program, (*qkv(), live), {"attention": 1})
+def test_minus_infinity_added():
+    check(added(-math.inf), (*qkv(), keep()), {"attention": 1})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_minus_infinity_filled_in(empty, kv_heads, heads, causal):
+    """A row filled throughout is NaN, and so is the gradient of its v; those of q and k stop at the fill."""
+    live = torch.ones(2, heads, 5, 7, dtype=torch.bool)
+    live[1, ..., 4:] = False
+    live[:empty, -1:, 2] = False
+    lower = torch.ones(5, 7).tril().bool()
+
+    def program(q, k, v, m):
+        k, v = (repeated(t) if kv_heads == 2 else t for t in (k, v))
+        scores = (q @ k.mT * 0.3).masked_fill(~m, -math.inf)
+        return torch.softmax(scores.masked_fill(~lower, -math.inf) if causal else scores, -1) @ v
+
+    inputs = (*qkv(kv_heads), live)
+    rec = check(program, inputs, {"attention": 1})
+    assert [s.implementation for s in rec.sites] == ["sdpa_filled"]
+    (out,), (q, k, v) = results(program, inputs)
+    assert not any(t.isnan().any() for t in (q, k))
+    assert [bool(sample.isnan().any()) for sample in v] == [i < empty for i in range(2)]
+    assert [bool(sample.isnan().any()) for sample in out] == [i < empty for i in range(2)]
 
 
 def test_two_fills_are_one_mask():
