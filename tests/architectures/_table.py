@@ -259,7 +259,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # State-space models and hybrids
     "mamba": Architecture(
         "state space", {**BASE, "state_size": 8, "expand": 2, "time_step_rank": 4}, DECODE, {"rms_norm": 2 + 1},
-        attention=("eager",), passed={"train": "gradients flow through the vmap"},  # of its associative scan
+        attention=("eager",),  # its associative scan is a vmap
     ),
     "mamba2": Architecture(
         "state space",
