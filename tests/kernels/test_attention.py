@@ -331,3 +331,148 @@ def test_sdpa_is_what_the_zero_rule_describes():
     mask[..., 1, :] = False
     expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
     torch.testing.assert_close(attention(q, k, v, mask, 0.3, False, "zero"), expected)
+
+
+# Soft caps, sinks and factors
+
+B, HQ, HKV = 2, 4, 2
+
+
+def extras(rows, keys, dtype=F32, device="cpu"):
+    """Settings of the op beyond scale and mask, each with what it should make of scores [B, Hq, M, N]."""
+    randn = lambda *shape: torch.randn(shape, device=device).to(dtype)  # noqa: E731
+    row_sink, head_sink = randn(B, HQ, rows, 1), randn(1, HQ, 1, 1)
+    factor, shared = randn(B, HQ, rows, keys), randn(1, 1, rows, keys).abs()
+    return {
+        "cap": {"softcap": 3.0},
+        "large cap": {"softcap": 50.0},
+        "sink a head": {"sink": head_sink},
+        "sink a row": {"sink": row_sink},
+        "large sink": {"sink": head_sink * 100},
+        "factor": {"factor": factor},
+        "all of them": {"softcap": 3.0, "sink": row_sink, "factor": shared},
+    }
+
+
+def exact_with(q, k, v, mask, scale, is_causal, empty_rows, softcap=None, sink=None, factor=None, dtype=F64):
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    scores = scores if factor is None else scores * factor.to(dtype)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask.to(dtype)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=q.device).triu(1).bool(), -INF)
+    columns = scores if sink is None else torch.cat([scores, sink.to(dtype).expand(*scores.shape[:3], 1)], -1)
+    weights = torch.softmax(columns.to(F64 if dtype == F64 else F32), -1)[..., : scores.shape[-1]].to(dtype)
+    return (weights.nan_to_num(0.0) if empty_rows == "zero" else weights) @ v
+
+
+def case(rows, keys, dtype, device="cpu", width=16):
+    return (t.to(device) for t in qkv((B, HQ, HKV, rows, keys, width, width), dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("kind", extras(1, 1))
+@pytest.mark.parametrize("implementation", ["reference", "sdpa", "decomposed", "triton"])
+def test_extras_against_float64(assert_as_good_as, triton_device, implementation, kind, dtype):
+    if implementation == "sdpa" and "sink" not in kind:
+        pytest.skip("SDPA has neither soft cap nor factor")
+    for rows, keys in ((1, 70), (3, 9), (20, 70)):
+        q, k, v = case(rows, keys, dtype, triton_device, 16 if rows < 20 else 24)
+        more = extras(rows, keys, dtype, triton_device)[kind]
+        live = torch.rand(B, 1, rows, keys, device=triton_device) < 0.6
+        live[..., 0] = True
+        added = torch.zeros(live.shape, device=triton_device).masked_fill(~live, -INF).to(dtype)
+        for mask, is_causal in ((None, False), (live, False), (added, True)):
+            args = (q, k, v, mask, 0.2, is_causal, "nan")
+            y = attention.run(implementation, *args, **more)
+            assert_as_good_as(y, exact_with(*args, **more, dtype=dtype), exact_with(*args, **more), ULPS)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("mask_value", [-INF, torch.finfo(F32).min, False])
+@pytest.mark.parametrize("implementation", ["reference", "sdpa", "decomposed", "triton"])
+def test_rows_without_live_keys_beside_a_sink_are_zero(triton_device, implementation, mask_value, rows):
+    q, k, v = case(rows, 70, F32, triton_device)
+    mask = torch.zeros(B, 1, rows, 70, device=triton_device)
+    mask[1] = mask_value
+    mask = mask == 0 if mask_value is False else mask
+    if mask_value is False:
+        mask[1] = False
+    sink = torch.randn(1, HQ, 1, 1, device=triton_device)
+    y = attention.run(implementation, q, k, v, mask, 0.3, False, "nan", sink=sink)
+    assert (y[1] == 0).all()
+    torch.testing.assert_close(y[0], exact_with(q, k, v, mask, 0.3, False, "nan", sink=sink)[0].float())
+
+
+def test_a_sink_without_a_score_is_none(triton_device):
+    q, k, v = case(20, 70, F32, triton_device)
+    nothing = torch.full((1, HQ, 1, 1), -INF, device=triton_device)
+    for implementation in ("reference", "sdpa", "decomposed", "triton"):
+        y = attention.run(implementation, q, k, v, None, 0.3, sink=nothing)
+        torch.testing.assert_close(y, attention.reference(q, k, v, None, 0.3))
+
+
+def test_a_cap_near_zero_and_far_out(triton_device):
+    """tanh of small, medium and huge numbers, as the kernel computes it."""
+    q, k, v = case(20, 70, F32, triton_device)
+    for spread in (1e-4, 1e-1, 1.0, 30.0, 1e4):
+        args = (q * spread, k, v, None, 0.3, False, "nan")
+        y = attention.run("triton", *args, softcap=2.0)
+        torch.testing.assert_close(y.double(), exact_with(*args, softcap=2.0), atol=2e-5, rtol=2e-5)
+
+
+def test_extras_of_any_strides(triton_device):
+    q, k, v = case(20, 70, F32, triton_device)
+    factor = torch.randn(70, 20, HQ, 2 * B, device=triton_device).permute(3, 2, 1, 0)[::2]
+    sink = torch.randn(20, HQ, device=triton_device).T[None, :, :, None]
+    args, more = (q, k, v, None, 0.3, False, "nan"), {"factor": factor, "sink": sink}
+    torch.testing.assert_close(attention.run("triton", *args, **more), attention.reference(*args, **more))
+
+
+@pytest.mark.parametrize("kind", extras(1, 1))
+def test_opcheck_of_extras(kind):
+    q, k, v = case(3, 5, F32)
+    torch.library.opcheck(attention.overload, (q, k, v, None, 0.3, False, "nan", *_listed(extras(3, 5)[kind])))
+
+
+def _listed(more):
+    return [more.get(name) for name in ("softcap", "sink", "factor")]
+
+
+@pytest.mark.parametrize("kind", ["sink a head", "all of them"])
+def test_gradcheck_of_extras(kind):
+    q, k, v = (t.requires_grad_() for t in qkv((B, HQ, HKV, 3, 5, 4, 2), F64))
+    more = {n: t.requires_grad_() if isinstance(t, torch.Tensor) else t for n, t in extras(3, 5, F64)[kind].items()}
+    names = [n for n, t in more.items() if isinstance(t, torch.Tensor)]
+    runs = [attention, lambda *a, **m: attention.run("decomposed", *a, **m)]
+    runs += [lambda *a, **m: attention.run("sdpa", *a, **m)] if list(more) == ["sink"] else []
+    for run in runs:
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, *t: run(q, k, v, None, 0.3, True, "nan", **more | dict(zip(names, t, strict=True))),  # noqa: B023
+            (q, k, v, *(more[n] for n in names)),
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize("target, kind, rows, chosen", [
+    (Target(CUDA), "cap", 64, "triton"),
+    (Target(CUDA), "factor", 64, "triton"),
+    (Target(CUDA), "sink a head", 64, "triton"),
+    (Target(CUDA), "cap", 1, "triton"),
+    (Target(CUDA), "sink a head", 1, "sdpa"),
+    (Target(CUDA, training=True), "sink a head", 64, "sdpa"),
+    (Target(CUDA, training=True), "cap", 64, "decomposed"),
+    (Target(CUDA, opaque=False), "sink a head", 64, "sdpa"),
+    (Target(CPU), "cap", 64, "decomposed"),
+    (Target(CPU), "sink a head", 64, "sdpa"),
+])  # fmt: skip
+def test_which_implementation_serves_extras(target, kind, rows, chosen):
+    pytest.importorskip("triton")
+    q, k, v = case(rows, 70, F32)
+    args = attention.bind(q, k, v, None, 0.3, False, "nan", **extras(rows, 70)[kind])
+    implementation, passed_over = attention.select(target, *args)
+    assert implementation.name == chosen
+    assert all(reason for _, reason in passed_over)
