@@ -39,7 +39,8 @@ def measure(layers: int, attention: str) -> dict[str, float]:
         torch.compile(model, backend="fxopt")(ids, attention_mask=mask)
         total = time.perf_counter() - start
     (graph,) = rec.graphs
-    assert rec.counts() == {"attention": layers, "rms_norm": 2 * layers + 1}, rec.counts()
+    sites = {"attention": layers, "rms_norm": 2 * layers + 1, "gated_mlp": layers, "rotary": layers}
+    assert rec.counts() == sites, rec.counts()
     return {stage: graph.seconds[stage] for stage in STAGES} | {"nodes": graph.nodes, "whole call": total}
 
 

@@ -66,7 +66,7 @@ class FuseRotary(Fusion):
             return _find_complex(node)
         if not _turns(node):
             return None
-        if not is_static(val(node.args[0][0]).shape[-1]):  # type: ignore[index,arg-type]
+        if not is_static(val(node.args[0][0]).shape[-1]):  # type: ignore[index]
             return Miss("the number of lanes is dynamic", node, 1)
         found = rotation_around(node)
         if not isinstance(found, Rotation):

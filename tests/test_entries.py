@@ -56,16 +56,18 @@ def audio():
 
 
 CAUSAL = text(use_cache=False)
+#: a gated MLP, and q and k rotated together
+GATED_ROTARY = {"gated_mlp": 1, "rotary": 1}
 
 #: model type -> (configuration, inputs, sites with attention spelled out)
 MODELS = {
-    "llama": (DECODER, CAUSAL, {"rms_norm": 3, "attention": 1}),
-    "qwen3": (DECODER, CAUSAL, {"rms_norm": 5, "attention": 1}),
-    "mistral": (DECODER, CAUSAL, {"rms_norm": 3, "attention": 1}),
-    "gemma2": ({**DECODER, "query_pre_attn_scalar": 8}, CAUSAL, {"rms_norm": 5}),
-    "olmo2": (DECODER, CAUSAL, {"rms_norm": 5, "attention": 1}),
-    "phi": (ENCODER, CAUSAL, {"layer_norm": 2, "attention": 1}),
-    "gpt_neox": (ENCODER, CAUSAL, {"layer_norm": 3, "attention": 1}),
+    "llama": (DECODER, CAUSAL, {"rms_norm": 3, "attention": 1, **GATED_ROTARY}),
+    "qwen3": (DECODER, CAUSAL, {"rms_norm": 5, "attention": 1, **GATED_ROTARY}),
+    "mistral": (DECODER, CAUSAL, {"rms_norm": 3, "attention": 1, **GATED_ROTARY}),
+    "gemma2": ({**DECODER, "query_pre_attn_scalar": 8}, CAUSAL, {"rms_norm": 5, **GATED_ROTARY}),
+    "olmo2": (DECODER, CAUSAL, {"rms_norm": 5, "attention": 1, **GATED_ROTARY}),
+    "phi": (ENCODER, CAUSAL, {"layer_norm": 2, "attention": 1, "rotary": 1}),
+    "gpt_neox": (ENCODER, CAUSAL, {"layer_norm": 3, "attention": 1, "rotary": 1}),
     "gpt2": (GPT, CAUSAL, {"layer_norm": 3, "attention": 1}),
     "bloom": ({"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 4}, CAUSAL,
               {"layer_norm": 4, "attention": 1}),

@@ -97,14 +97,17 @@ TWO_STACKS = {
 }  # fmt: skip
 CLIP_TEXT = {**BASE, "max_position_embeddings": 16, "projection_dim": 16}
 CLIP_VISION = {**VISION, "projection_dim": 16}
+#: a gated MLP a layer, and q and k rotated together
+GATED_ROTARY = {"gated_mlp": 2, "rotary": 2}
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Decoders: an attention a layer; norms before attention and MLP, and a last one.
-    "llama": Architecture("decoder", DECODER, DECODE, {"attention": 2, "rms_norm": 2 * 2 + 1}),
-    "qwen3": Architecture("decoder", DECODER, DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1}),  # + norms of q and k
+    "llama": Architecture("decoder", DECODER, DECODE, {"attention": 2, "rms_norm": 2 * 2 + 1, **GATED_ROTARY}),
+    # + norms of q and k
+    "qwen3": Architecture("decoder", DECODER, DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1, **GATED_ROTARY}),
     "gemma2": Architecture(
         "decoder", {**DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4}, DECODE,
-        {"attention": 2, "rms_norm": 2 * 4 + 1},  # norms after attention and MLP too
+        {"attention": 2, "rms_norm": 2 * 4 + 1, **GATED_ROTARY},  # norms after attention and MLP too
         {"attention": (2, "soft-capped")}, attention=("eager",),
     ),
     "gemma3_text": Architecture(
@@ -112,17 +115,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4,
          "layer_types": ["sliding_attention", "full_attention"]},
         DECODE,
-        {"attention": 2, "rms_norm": 2 * 6 + 1},  # before and after both, and of q and k
+        {"attention": 2, "rms_norm": 2 * 6 + 1, **GATED_ROTARY},  # before and after both, and of q and k
     ),
-    "phi3": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "rms_norm": 2 * 2 + 1}),
-    "olmo2": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1}),
-    "cohere": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "layer_norm": 2 * 1 + 1}),  # parallel block
-    "starcoder2": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "layer_norm": 2 * 2 + 1}),
+    "phi3": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "rms_norm": 2 * 2 + 1, **GATED_ROTARY}),
+    "olmo2": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1, **GATED_ROTARY}),
+    # parallel block
+    "cohere": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "layer_norm": 2 * 1 + 1, **GATED_ROTARY}),
+    "starcoder2": Architecture("decoder", NO_HEAD_DIM, DECODE, {"attention": 2, "layer_norm": 2 * 2 + 1, "rotary": 2}),
     "gpt2": Architecture(
         "decoder", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, DECODE,
         {"attention": 2, "layer_norm": 2 * 2 + 1}, {"train: attention": (2, DROPOUT)},
     ),
-    "gpt_neox": Architecture("decoder", BASE, DECODE, {"attention": 2, "layer_norm": 2 * 2 + 1}),
+    "gpt_neox": Architecture("decoder", BASE, DECODE, {"attention": 2, "layer_norm": 2 * 2 + 1, "rotary": 2}),
     "bloom": Architecture(
         "decoder", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, DECODE,
         {"attention": 2, "layer_norm": 1 + 2 * 2 + 1}, attention=("eager",),  # a norm of the embeddings; ALiBi
@@ -134,12 +138,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Mixtures of experts
     "mixtral": Architecture(
         "moe", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, DECODE,
-        {"attention": 2, "rms_norm": 2 * 2 + 1},
+        {"attention": 2, "rms_norm": 2 * 2 + 1, **GATED_ROTARY},
     ),
-    "qwen3_moe": Architecture("moe", {**MOE, "num_experts": 4}, DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1}),
+    "qwen3_moe": Architecture(
+        "moe", {**MOE, "num_experts": 4}, DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1, **GATED_ROTARY},
+    ),
     "gpt_oss": Architecture(
         "moe", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}, DECODE,
-        {"attention": 2, "rms_norm": 2 * 2 + 1}, {"attention": (2, "concatenated")},
+        {"attention": 2, "rms_norm": 2 * 2 + 1, **GATED_ROTARY}, {"attention": (2, "concatenated")},
         attention=("eager",),
     ),
     "deepseek_v3": Architecture(
@@ -147,7 +153,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**BASE, "num_key_value_heads": 4, "max_position_embeddings": 64, "q_lora_rank": 16, "kv_lora_rank": 16,
          "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1,
          "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
-        DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1},  # + norms of the low-rank q and kv
+        # + norms of the low-rank q and kv
+        DECODE, {"attention": 2, "rms_norm": 2 * 4 + 1, "gated_mlp": 3, "rotary": 4},
     ),
     # Encoders: norms after attention and MLP, and one of the embeddings.
     "bert": Architecture(
@@ -171,12 +178,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**BASE, "max_position_embeddings": 64, "local_attention": 4, "global_attn_every_n_layers": 2,
          "cls_token_id": 1, "sep_token_id": 2},
         text(),
-        {"attention": 2, "layer_norm": 1 + (2 * 2 - 1) + 1},  # before both, but not before the first attention
+        # before both, but not before the first attention
+        {"attention": 2, "layer_norm": 1 + (2 * 2 - 1) + 1, **GATED_ROTARY},
     ),
     "esm": Architecture(
         "encoder",
         {**BASE, "position_embedding_type": "rotary", "emb_layer_norm_before": True, "mask_token_id": 3}, text(),
-        {"attention": 2, "layer_norm": 1 + 2 * 2 + 1}, {"train: attention": (2, DROPOUT)},
+        {"attention": 2, "layer_norm": 1 + 2 * 2 + 1, "rotary": 2}, {"train: attention": (2, DROPOUT)},
     ),
     # Encoder-decoders: attention in each encoder layer, two in each decoder layer; a norm before (or after) each part.
     "t5": Architecture(
@@ -228,7 +236,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "audio",
         {**BASE, "conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_feat_extract_layers": 2,
          "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0, "mask_time_prob": 0.0},
-        waveform, {"attention": 2, "layer_norm": 1 + 1 + 2 * 2},  # of the features, before the first layer, 2 a layer
+        # of the features, before the first layer, 2 a layer
+        waveform, {"attention": 2, "layer_norm": 1 + 1 + 2 * 2, "group_norm": 1},
         {"train: attention": (2, DROPOUT)},
     ),
     "audio-spectrogram-transformer": Architecture(
@@ -244,7 +253,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip": Architecture(
         "multimodal", {"text_config": {**CLIP_TEXT, "projection_size": 32}, "vision_config": VISION},
         lambda: {"input_ids": _ids(), **image()()},
-        {"attention": 2 + 2 + 1, "layer_norm": (2 * 2 + 1) + (2 * 2 + 1) + 1},  # + pooling by attention, and its norm
+        # + pooling by attention, and its norm
+        {"attention": 2 + 2 + 1, "layer_norm": (2 * 2 + 1) + (2 * 2 + 1) + 1, "l2_norm": 2},
     ),
     "llava": Architecture(
         "multimodal",
@@ -254,38 +264,42 @@ ARCHITECTURES: dict[str, Architecture] = {
             "input_ids": torch.tensor([[1, 60, 60, 60, 60, 5, 6], [1, 60, 60, 60, 60, 9, 8]]),
             "use_cache": False, **image()(),
         },
-        {"attention": 2 + 2, "rms_norm": 2 * 2 + 1, "layer_norm": 1 + 2 * 2},  # the image's last norm is not used
+        # the image's last norm is not used
+        {"attention": 2 + 2, "rms_norm": 2 * 2 + 1, "layer_norm": 1 + 2 * 2, **GATED_ROTARY},
     ),
     # State-space models and hybrids
     "mamba": Architecture(
-        "state space", {**BASE, "state_size": 8, "expand": 2, "time_step_rank": 4}, DECODE, {"rms_norm": 2 + 1},
+        "state space", {**BASE, "state_size": 8, "expand": 2, "time_step_rank": 4}, DECODE,
+        {"rms_norm": 2 + 1, "gated_mlp": 2},
         attention=("eager",),  # its associative scan is a vmap
     ),
     "mamba2": Architecture(
         "state space",
         {**BASE, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 4},
-        DECODE, {"rms_norm": 2 * 2 + 1}, attention=("eager",),  # and the gated one within each layer
+        DECODE, {"rms_norm": 2 * 2 + 1, "gated_mlp": 2}, attention=("eager",),  # and the gated one within each layer
     ),
     "rwkv": Architecture(
         "state space",
         {**{k: BASE[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")},
          "attention_hidden_size": 32, "context_length": 16},
         lambda: {"input_ids": _ids(), "use_cache": False},
-        {"layer_norm": 1 + 2 * 2 + 1}, attention=("eager",),  # of the embeddings, 2 a layer, last
+        {"layer_norm": 1 + 2 * 2 + 1, "gated_mlp": 4}, attention=("eager",),  # of the embeddings, 2 a layer, last
     ),
     "bamba": Architecture(
         "hybrid",
         {**NO_HEAD_DIM, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
          "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 4},
-        DECODE, {"attention": 1, "rms_norm": 2 * 2 + 1 + 1},  # + the gated one within the Mamba layer
+        # + the gated one within the Mamba layer
+        DECODE, {"attention": 1, "rms_norm": 2 * 2 + 1 + 1, "gated_mlp": 3, "rotary": 1},
     ),
     "recurrent_gemma": Architecture(
         "hybrid",
         {**DECODER, "lru_width": 32, "attention_window_size": 4, "block_types": ["recurrent", "attention"]},
-        DECODE, {"attention": 1, "rms_norm": 2 * 2 + 1},
+        DECODE, {"attention": 1, "rms_norm": 2 * 2 + 1, "gated_mlp": 4, "rotary": 1},
     ),
     "lfm2": Architecture(
         "hybrid", {**NO_HEAD_DIM, "layer_types": ["conv", "full_attention"]}, DECODE,
-        {"attention": 1, "rms_norm": 2 * 2 + 2 + 1},  # + norms of q and k where there is attention
+        # + norms of q and k where there is attention
+        {"attention": 1, "rms_norm": 2 * 2 + 2 + 1, "gated_mlp": 2, "rotary": 1},
     ),
 }  # fmt: skip

@@ -14,7 +14,7 @@ def test_generation(saved_llama, tmp_path, capsys):
     assert shown.startswith("fxopt demo: ")
     assert "all 2 equal" in shown
     assert "rms_norm 5/5" in shown
-    assert Report.from_json(saved).counts() == {"attention": 4, "rms_norm": 10}
+    assert Report.from_json(saved).counts() == {"attention": 4, "rms_norm": 10, "gated_mlp": 4, "rotary": 4}
     assert run(["explain", str(saved), "--fusion", "attention"]) == 0
     told = capsys.readouterr().out
     assert "fused: attention" in told

@@ -48,7 +48,7 @@ def test_fxopt_makes_the_same_tokens_and_says_what_it_fused(llama):
     assert [a.tokens for a in made.answers] == [a.tokens for a in eager.answers]
     assert (made.graphs, made.breaks) == (2, 0)
     for report in (made.prefill, made.decode):
-        assert report.counts() == {"attention": 2, "rms_norm": 5}
+        assert report.counts() == {"attention": 2, "rms_norm": 5, "gated_mlp": 2, "rotary": 2}
 
 
 def test_one_token(llama):

@@ -30,7 +30,7 @@ def test_smollm2_generates_eager_modes_tokens():
     assert [first_difference(ours.tokens, theirs.tokens) for ours, theirs in pairs] == [None, None, None]
     assert (made.graphs, made.breaks) == (2, 0)
     for report in (made.prefill, made.decode):
-        assert report.counts() == {"attention": 30, "rms_norm": 61}
+        assert report.counts() == {"attention": 30, "rms_norm": 61, "gated_mlp": 30, "rotary": 30}
 
 
 def test_minilm_embeds_as_eager_mode_does():

@@ -108,14 +108,14 @@ def compare(make, sites):
 
 
 def test_llama_without_inductor(without_inductor):
-    compare(functools.partial(llama, num_hidden_layers=1), {"attention": 1, "rms_norm": 3})
+    compare(functools.partial(llama, num_hidden_layers=1), {"attention": 1, "rms_norm": 3, "gated_mlp": 1, "rotary": 1})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make, sites",
     [
-        (llama, {"attention": 2, "rms_norm": 5}),
+        (llama, {"attention": 2, "rms_norm": 5, "gated_mlp": 2, "rotary": 2}),
         (bert, {"attention": 2, "layer_norm": 6}),
         (vit, {"attention": 2, "layer_norm": 5}),
         (t5, {"attention": 6, "rms_norm": 12}),

@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize(
     "make, mode, sites",
     [
-        (llama, "train", {"attention": 2, "rms_norm": 5}),
+        (llama, "train", {"attention": 2, "rms_norm": 5, "gated_mlp": 2, "rotary": 2}),
         (bert, "eval", {"attention": 2, "layer_norm": 6}),
         (bert, "train", {"layer_norm": 6}),  # its dropout is active within attention
         (vit, "eval", {"attention": 2, "layer_norm": 5}),

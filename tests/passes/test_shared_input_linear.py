@@ -1,0 +1,96 @@
+"""Linear layers of one input: which are taken together, and when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.passes.shared_input_linear import FuseSharedInputLinear
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
+@pytest.fixture
+def run():
+    """run(program, *inputs, most_rows=...) -> report, the result compared with eager mode's."""
+
+    def check(program, *inputs, most_rows=16, devices=("cpu",), dynamic=False):
+        fxopt.register(FuseSharedInputLinear(most_rows=most_rows, devices=devices))
+        torch._dynamo.reset()
+        with fxopt.record() as rec, torch.no_grad():
+            options = {"fusions": ["shared_input_linear"]}
+            compiled = torch.compile(program, backend="fxopt", dynamic=dynamic, fullgraph=True, options=options)
+            torch.testing.assert_close(compiled(*inputs), program(*inputs))
+        assert {s.verdict.status for s in rec.sites} <= {"equal"}
+        return rec
+
+    yield check
+    fxopt.unregister("shared_input_linear")
+
+
+class Heads(nn.Module):
+    def __init__(self, count=3, bias=False):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 8 * (i + 1), bias=bias and i != 1) for i in range(count))
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count, ops", [
+    (2, ["linear_pair"]), (3, ["linear_triple"]), (4, ["linear_pair", "linear_pair"]),
+    (5, ["linear_pair", "linear_triple"]), (1, []),
+])  # fmt: skip
+def test_how_many_are_taken_together(run, count, ops, bias):
+    rec = run(Heads(count, bias), torch.randn(1, 3, 16))
+    assert sorted(site.op for site in rec.sites) == ops
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_many_rows_are_refused(run, dynamic):
+    rec = run(Heads(), torch.randn(5, 4, 16), dynamic=dynamic)
+    assert rec.counts() == {}
+    assert any("up to 16 rows; there are 20" in miss.reason for miss in rec.misses)
+
+
+def test_off_by_default(run):
+    assert run(Heads(), torch.randn(1, 16), most_rows=0).counts() == {}
+    assert run(Heads(), torch.randn(1, 16), devices=("cuda",)).counts() == {}
+    assert FuseSharedInputLinear().most_rows == 0
+
+
+def test_layers_of_other_inputs_stay(run):
+    def program(x, y, v, w):
+        return F.linear(x, v), F.linear(y, w)
+
+    args = torch.randn(1, 16), torch.randn(1, 16), torch.randn(4, 16), torch.randn(4, 16)
+    assert run(program, *args).counts() == {}
+
+
+def test_a_weight_that_is_made_of_the_other_result_stays(run):
+    def program(x, v):
+        y = F.linear(x, v)
+        return y, F.linear(x, v * y.sum())
+
+    rec = run(program, torch.randn(1, 16), torch.randn(4, 16))
+    assert rec.counts() == {}
+    assert any("before the input" in miss.reason or "also used" in miss.reason for miss in rec.misses)
+
+
+def test_gradients(run):
+    fxopt.register(FuseSharedInputLinear(most_rows=16, devices=("cpu",)))
+    torch._dynamo.reset()
+    model, x = Heads(bias=True), torch.randn(3, 16)
+    with fxopt.record() as rec:
+        compiled = torch.compile(model, backend="fxopt", options={"fusions": ["shared_input_linear"]})
+        sum(y.square().sum() for y in compiled(x)).backward()
+    assert rec.counts() == {"shared_input_linear": 1}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sum(y.square().sum() for y in model.double()(x.double())).backward()
+    for gradient, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient.double(), p.grad, rtol=1e-4, atol=1e-5)
