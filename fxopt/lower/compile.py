@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxopt.graph.scope import gradients_on
-from fxopt.lower.outline_memory import NO_REUSE, checked_inner, has_bodies
+from fxopt.lower.outline_memory import NO_REUSE, has_bodies
+from fxopt.lower.outline_seal import opening_inner, sealed
 from fxopt.options import Options
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], options: O
         with torch._functorch.config.patch(donated_buffer=False):
             run = compile_fx(module, inputs, config_patches=config | NO_REUSE)
     else:
-        run = compile_fx(module, inputs, inner_compile=checked_inner, config_patches=config)
+        with sealed(module):
+            run = compile_fx(module, inputs, inner_compile=opening_inner, config_patches=config)
     return run
 
 

@@ -11,14 +11,14 @@ One pass in graph order: a value whose layout changed is computed anew before an
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -118,23 +118,13 @@ class _Decomposer:
                 args, kwargs = tree_unflatten(filled, structure)
                 return node.target(*args, **kwargs)  # type: ignore[operator]
 
-            traced = self.traces[key] = self._trace(program, [val(leaves[i]) for i in dynamic])
+            assert self.mode is not None
+            traced = self.traces[key] = trace(program, [val(leaves[i]) for i in dynamic], self.table, self.mode)
         calls = [n for n in traced.graph.nodes if n.op == "call_function"]
         if any(call.target is node.target for call in calls) and len(calls) == 1:
             return 0  # the decomposition declined
         self._put(node, traced, [leaves[i] for i in dynamic])
         return 1
-
-    def _trace(self, program: Callable[..., Any], values: list[Any]) -> GraphModule:
-        assert self.mode is not None
-        with self.mode, enable_python_dispatcher(), torch.no_grad():  # as AOTAutograd traces
-            # A trace knows its inputs by identity; two nodes may have one fake value between them.
-            values = [v.detach() if isinstance(v, Tensor) else v for v in values]
-            traced = _make_fx(program, self.table, values)
-            if any(is_mutable(n) for n in traced.graph.nodes):
-                traced = _make_fx(dispatch_functionalize(program), self.table, values)
-        traced.graph.eliminate_dead_code()
-        return traced
 
     def _put(self, node: Node, traced: GraphModule, inputs: list[Node]) -> None:
         graph = self.graph
@@ -186,6 +176,18 @@ class _Decomposer:
         assert self.mode is not None
         made.meta["val"] = self.mode.from_tensor(value, static_shapes=True)
         return made
+
+
+def trace(program: Callable[..., Any], values: Sequence[Any], table: Table, mode: FakeTensorMode) -> GraphModule:
+    """The functional graph that AOTAutograd would make of `program` on the fake `values` of `mode`, for inference."""
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        # A trace knows its inputs by identity; two nodes may have one fake value between them.
+        inputs = [v.detach() if isinstance(v, Tensor) else v for v in values]
+        traced = _make_fx(program, table, inputs)
+        if any(is_mutable(n) for n in traced.graph.nodes):
+            traced = _make_fx(dispatch_functionalize(program), table, inputs)
+    traced.graph.eliminate_dead_code()
+    return traced
 
 
 def _make_fx(program: Callable[..., Any], table: Table, values: list[Any]) -> GraphModule:

@@ -41,7 +41,7 @@ from fxopt.lower.outline_labels import (
     stays_outside,
     stretch,
 )
-from fxopt.lower.outline_memory import PREFIX
+from fxopt.lower.outline_memory import PREFIX, SIZE
 from fxopt.lower.outline_periods import Run, periodic_runs
 
 #: fewer repetitions are not worth a body: plain Inductor is as fast to compile
@@ -271,7 +271,7 @@ class _Body:
         made: dict[Node, Node] = {}
         for i, operand in enumerate(self.one.operands):
             made[operand] = graph.placeholder(f"operand_{i}")
-        symbols = {s: graph.placeholder(f"size_{s}") for s in self.symbols}
+        symbols = {s: graph.placeholder(f"{SIZE}{s}") for s in self.symbols}
 
         def argument(node: Node) -> Node:
             if node not in made:

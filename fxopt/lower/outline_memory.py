@@ -22,6 +22,8 @@ from fxopt.lower.outline_labels import may_alias
 
 #: bodies are named so, followed by a number
 PREFIX = "fxopt_repeated_"
+#: inputs of a body that are sizes, not tensors, come last and are named so, followed by the symbol
+SIZE = "size_"
 
 
 #: Inductor's configuration under which results that share memory do no harm: a dead buffer is freed, never written over
@@ -37,15 +39,12 @@ def has_bodies(module: GraphModule) -> bool:
     return bool(_bodies(module))
 
 
-def checked_inner(graph: GraphModule, *args: Any, **kwargs: Any) -> Any:
-    """Inductor's inner compiler for graphs with bodies. Raises SharedMemoryError where the result could be wrong."""
-    from torch._inductor.compile_fx import compile_fx_inner
-
+def check_bodies(graph: GraphModule) -> None:
+    """Look at the bodies of a graph that AOTAutograd made. Raises SharedMemoryError where results could be wrong."""
     for body in _bodies(graph):
         reason = shared_memory(body)
         if reason is not None:
             raise SharedMemoryError(reason)
-    return compile_fx_inner(graph, *args, **kwargs)
 
 
 def _bodies(module: GraphModule) -> list[GraphModule]:

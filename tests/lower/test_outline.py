@@ -13,8 +13,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import fxopt
 from fxopt.lower.outline import outline
+from fxopt.lower.outline_compile import outlined
 from fxopt.lower.outline_memory import shared_memory
 from fxopt.lower.outline_periods import Run, periodic_runs
+from fxopt.options import Options
 
 
 def _traced(program, *inputs):
@@ -203,6 +205,21 @@ def test_the_given_graph_is_not_changed():
     outline(traced)
     traced.recompile()
     assert traced.code == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_where_it_is_done_unasked(device, mode):
+    mode_of_fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode_of_fakes, torch.no_grad():
+        fakes = [torch.empty(x.shape, device=device) for x in (X, *W)]
+        program = lambda x, *w: _stack(lambda i, x, w: _layer(x, w), x, *w)  # noqa: E731
+        traced = make_fx(program, pre_dispatch=True)(*fakes)
+    asked = outlined(traced, Options(mode=mode, outline="always"), training=False)
+    unasked = outlined(traced, Options(mode=mode), training=False)
+    assert asked.bodies
+    assert bool(unasked.bodies) == (device == "cpu" or (device == "cuda" and mode == "reduce-overhead"))
+    assert bool(unasked.bodies) != bool(unasked.objections)
 
 
 def test_periodic_runs():
