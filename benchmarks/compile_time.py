@@ -48,6 +48,7 @@ COLUMNS = ("first call", "after capture", "lower", "outline", "CPU", "lower CPU"
 def measure(compiler: str, layers: int, shape: str, decode: bool, graphs: bool) -> dict[str, float | str]:
     import torch
     import torch._dynamo
+    from torch._inductor.compile_fx import compile_fx  # 1 s, once a process, whoever is first
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     import fxopt
@@ -83,8 +84,6 @@ def measure(compiler: str, layers: int, shape: str, decode: bool, graphs: bool) 
         return lowered
 
     if compiler == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
         patches = {"triton.cudagraphs": graphs}
         run = torch.compile(model, backend=timed(lambda *given: compile_fx(*given, config_patches=patches)))
     else:
