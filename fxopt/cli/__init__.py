@@ -1,4 +1,4 @@
-"""The command line: `fxopt demo | inspect | explain | diff | passes | doctor`.
+"""The command line: `fxopt demo | inspect | explain | diff | passes | new-pass | doctor`.
 
 What is wrong with the user's input is said in one line, with what to do, and ends with exit code 2. torch and
 transformers are imported inside the commands: `fxopt --help` answers at once.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fxopt.cli import demo, doctor, explain, passes
+from fxopt.cli import demo, doctor, explain, new_pass, passes
 from fxopt.cli.console import UserError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("inspect")(explain.inspect)
 app.command("explain")(explain.explain)
 app.command("diff")(explain.diff)
 app.command("passes")(passes.passes)
+app.command("new-pass")(new_pass.new_pass)
 app.command("doctor")(doctor.doctor)
 
 

@@ -1,0 +1,1 @@
+"""The fusion quick_gelu for fxopt."""
