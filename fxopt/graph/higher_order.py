@@ -4,8 +4,8 @@ What such an op does with its graphs is its own business (run one of two, loop, 
 run in the trace: its results are fakes with the metadata that Dynamo gave them. Everything later treats the call as a
 barrier that may write to any of its arguments.
 
-The graphs of some ops are plain forward programs of their operands. These are brought into normal form themselves, and
-fused in like any graph.
+The graphs of most ops are plain forward programs (the branches of a cond, the body of a loop, a checkpointed region).
+These are brought into normal form themselves, and fused in like any graph.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -46,7 +47,16 @@ OPAQUE = frozenset(
 #: of these, the ops whose first argument is a graph that is run on the rest, once
 _RUN_ONCE = frozenset({"tag_activation_checkpoint", "wrap"})
 
-#: meta key of such a call: the autocast state its graph runs under
+#: ops whose graphs are plain forward programs: where these are among the arguments
+_GRAPHS = {
+    **dict.fromkeys(_RUN_ONCE, (0,)),
+    "cond": (1, 2),
+    "while_loop": (0, 1),
+    "map_impl": (0,),
+    "scan": (0,),
+}
+
+#: meta key of such a call: the autocast state its graphs run under
 BODY_UNDER = "fxopt_body_autocast"
 
 #: keyword arguments of torch.utils.checkpoint itself; any other belongs to the checkpointed function
@@ -78,7 +88,7 @@ def record(node: Node, args: Any, kwargs: Any, mode: FakeTensorMode, on: State) 
     `args` and `kwargs` are its arguments in the trace, `on` is the autocast state it runs under. Raises OpaqueError.
     """
     graphs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, GraphModule)]
-    if on and graphs and not _runs_once(node):
+    if on and graphs and _name(node) not in _GRAPHS:
         raise OpaqueError(f"{node.name} runs a graph under autocast, whose casts would be lost")
     proxy_mode = get_proxy_mode()
     assert proxy_mode is not None
@@ -120,19 +130,55 @@ def _attach(root: torch.nn.Module, body: GraphModule) -> None:
     root.register_module(next(n for i in count() if not hasattr(root, n := f"subgraph_{i}")), body)
 
 
-def _runs_once(node: Node) -> bool:
-    return getattr(node.target, "_name", "") in _RUN_ONCE
+def _name(node: Node) -> str:
+    return getattr(node.target, "_name", "")
 
 
-def bodies(module: GraphModule) -> Iterator[tuple[Node, str, GraphModule, tuple[Any, ...]]]:
-    """The graphs in the normal form `module` that may be brought into normal form: (call, attribute, graph, operands).
+def runs_once(node: Node) -> bool:
+    """Whether the call runs its one graph on its operands, once."""
+    return _name(node) in _RUN_ONCE
 
-    Left out are graphs whose op decides by the ops in it (selective checkpointing), or binds operands by name.
+
+def bodies(module: GraphModule) -> Iterator[tuple[Node, str, GraphModule, list[Any]]]:
+    """The graphs in the normal form `module` that may be brought into normal form: (call, attribute, graph, inputs).
+
+    The inputs are fakes of what the graph is given, which need gradients where Dynamo says so. Left out are graphs
+    whose op decides by the ops in it (selective checkpointing), or binds operands by name.
     """
     for node in module.graph.nodes:
-        if node.op != "call_function" or not _runs_once(node):
+        name = _name(node) if node.op == "call_function" else ""
+        if not node.kwargs.keys() <= (_CHECKPOINT_OPTIONS if name in _RUN_ONCE else frozenset()):
             continue
-        body, *operands = node.args
-        graph = getattr(module, str(body.target))
-        if node.kwargs.keys() <= _CHECKPOINT_OPTIONS and "_checkpoint_context_fn" not in graph.meta:
-            yield node, str(body.target), graph, tuple(val(o) for o in operands)
+        for position in _GRAPHS.get(name, ())[: len(node.args)]:
+            attribute = str(node.args[position].target)
+            graph = getattr(module, attribute)
+            placeholders = graph.graph.find_nodes(op="placeholder")
+            if "_checkpoint_context_fn" in graph.meta:
+                continue
+            if name in _RUN_ONCE:
+                given = [val(operand) for operand in node.args[1:]]
+                inputs = [_leaf(p, v) for p, v in zip(placeholders, given, strict=True)]
+            else:  # which is given slices, or what an earlier step made
+                inputs = [_like(_example(p), val(node)) for p in placeholders]
+            yield node, attribute, graph, inputs
+
+
+def _example(placeholder: Node) -> Any:
+    return placeholder.meta["example_value"]
+
+
+def _leaf(placeholder: Node, value: Any) -> Any:
+    """The operand without its autograd history."""
+    return value.detach().requires_grad_(_example(placeholder).requires_grad) if isinstance(value, Tensor) else value
+
+
+def _like(example: Any, results: Any) -> Any:
+    """A fake like `example`, of the mode that the call's results are of."""
+    if not isinstance(example, Tensor):
+        return example
+    mode = detect_fake_mode(results)
+    if mode is None:
+        return example
+    with mode:
+        made = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+    return made.requires_grad_(example.requires_grad)

@@ -1,4 +1,4 @@
-"""Dynamo's graph and the graphs inside it (checkpointed regions), each brought into normal form."""
+"""Dynamo's graph and the graphs inside it (checkpointed regions, branches, loops), each brought into normal form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from fxopt.graph import autocast
 from fxopt.graph.gate import refusal
-from fxopt.graph.higher_order import BODY_UNDER, bodies
+from fxopt.graph.higher_order import BODY_UNDER, bodies, runs_once
 from fxopt.graph.retrace import RetraceError, retrace
 from fxopt.graph.transforms import inline_transforms
 
@@ -36,14 +36,15 @@ def _bodies(module: GraphModule) -> list[GraphModule]:
     retraced: list[GraphModule] = []
     found = list(bodies(module))
     shared = {name for name, uses in Counter(name for _, name, _, _ in found).items() if uses > 1}
-    for call, name, graph, operands in found:
+    for call, name, graph, inputs in found:
         on = call.meta.get(BODY_UNDER, ())
-        inputs = _inputs(graph, operands)
         reason = "several calls share it" if name in shared else refusal(graph, inputs)
         if reason is None:
             try:
                 with autocast.under(on):
-                    normal = retrace(graph, inputs)
+                    normal = retrace(inline_transforms(graph, inputs), inputs)
+                if not runs_once(call) and _constants(normal) - _constants(graph):
+                    raise RetraceError("the trace holds a constant that the graph does not")
                 retraced += [normal, *_bodies(normal)]
                 setattr(module, name, normal)
                 continue
@@ -55,11 +56,7 @@ def _bodies(module: GraphModule) -> list[GraphModule]:
     return retraced
 
 
-def _inputs(graph: GraphModule, operands: Sequence[Any]) -> list[Any]:
-    """The operands as inputs of the graph, with no autograd history; which need gradients, Dynamo noted."""
-    inputs = []
-    for placeholder, operand in zip(graph.graph.find_nodes(op="placeholder"), operands, strict=True):
-        if isinstance(operand, Tensor):
-            operand = operand.detach().requires_grad_(placeholder.meta["example_value"].requires_grad)
-        inputs.append(operand)
-    return inputs
+def _constants(graph: GraphModule) -> set[str]:
+    """The tensors that a graph holds: a body of control flow must not hold any of its own."""
+    nodes = graph.graph.find_nodes(op="get_attr")
+    return {str(n.target) for n in nodes if isinstance(getattr(graph, str(n.target), None), Tensor)}
