@@ -100,16 +100,9 @@ def assert_as_good_as():
 
 
 @pytest.fixture
-def without_inductor(monkeypatch):
+def without_inductor():
     """Rewritten graphs run through AOTAutograd only: Inductor takes seconds a graph and is tested where it matters."""
-    from torch._decomp import core_aten_decompositions
-    from torch._dynamo.backends.debugging import aot_eager
+    from fxopt.testing import without_inductor
 
-    from fxopt.lower.after_aot import run_after_aot
-
-    def after_aot(module, inputs, options, rewrite, identity):
-        return run_after_aot(module, inputs, rewrite, core_aten_decompositions())
-
-    monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, inputs, options: aot_eager(module, inputs))
-    monkeypatch.setattr("fxopt.backend.compile_after_aot", after_aot)
-    torch._dynamo.reset()
+    with without_inductor():
+        yield

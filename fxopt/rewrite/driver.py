@@ -33,6 +33,9 @@ from fxopt.rewrite.verify import Verifier
 
 log = logging.getLogger(__name__)
 
+#: what was found and what nearly was, one message each: TORCH_LOGS=+fxopt.match
+found_log = logging.getLogger("fxopt.match")
+
 #: sweeps over all fusions before the driver stops looking for more (a pair of rules that undo each other ends here)
 MAX_SWEEPS = 8
 
@@ -105,6 +108,8 @@ class _Driver:
         alive = set(self.graph.nodes)
         near = [NearMiss.of(name, anchor, miss) for (name, anchor), miss in best.items() if anchor in alive]
         self.outcome.misses = sorted(near, key=lambda m: (-m.progress, m.fusion, m.anchor))
+        for miss in self.outcome.misses:
+            found_log.debug("%s at %s: not matched: %s (%s)", miss.fusion, miss.anchor, miss.reason, miss.source)
         return self.outcome
 
     def _to_fixpoint(self, fusions: Sequence[Fusion]) -> None:
@@ -137,6 +142,7 @@ class _Driver:
             match = self._match(fusion, anchor)
             self.outcome.seconds["match"] += time.perf_counter() - start
             if isinstance(match, Match):
+                found_log.debug("%s at %s: %d nodes, %s", fusion.name, anchor.name, len(match.nodes), match.tags)
                 self.misses.pop(key, None)
                 self._apply(fusion, anchor, match, start)
             elif isinstance(match, Miss):
@@ -191,6 +197,7 @@ class _Driver:
             self.given_up.add((fusion.name, anchor))
             self._warn(fusion, f"undone: {verdict.detail}")
         self.outcome.steps.append(step)
+        log.debug("%s: %s -> %s: %s", fusion.name, " ".join(step.replaced), " ".join(step.made), verdict.status)
         self.outcome.seconds["rewrite"] += (checked - began) + (time.perf_counter() - verified)
         self.outcome.seconds["verify"] += verified - checked
 
