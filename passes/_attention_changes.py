@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from fxopt.graph.query import aten, is_call, is_cast, val
+from fxopt.graph.query import aten, val
 from fxopt.match.match import Match
 from fxopt.match.region import number
-from fxopt.passes._attention_weights import Blank, Change, MixWeights, Plus, Renormalise, Rescale, Weights, one_a_row
+from fxopt.passes._attention_weights import Blank, Change, MixWeights, Plus, Renormalise, Rescale, Weights
 
 
 def unmix(match: Match, wide: Node, values: Node, mix: MixWeights) -> Node:
@@ -56,11 +56,17 @@ def apply_changes(match: Match, result: Node, weights: Weights, changes: Sequenc
             result = _like(match, match.call(op, result, change.by), result)
             total = _times(match, total, change.by, change.divide) if summed else total
         elif isinstance(change, Plus):
-            term = _like(match, change.term, weights.values)
-            product = match.call(aten.matmul.default, term, weights.values)
+            core, total_of = change.core, 1.0 if change.covered else None
+            if change.covered:
+                core = match.call(core.target, *core.args, **core.kwargs)  # type: ignore[arg-type]
+            product = match.call(aten.matmul.default, _like(match, core, weights.values), weights.values)
+            for by in change.factors:
+                product = _like(match, match.call(aten.mul.Tensor, product, by), product)
             result = match.call(aten.add.Tensor, result, product, alpha=change.alpha)
             if summed:
-                more = _times(match, _row_sum(match, change.term), change.alpha)
+                more = total_of or match.call(aten.sum.dim_IntList, core, [-1], True)
+                for by in (*change.factors, change.alpha):
+                    more = _times(match, more, by)
                 total = _plus(match, total, more)
         elif isinstance(change, Renormalise):
             if isinstance(total, Node):
@@ -81,21 +87,6 @@ def _blank(match: Match, result: Node, change: Blank) -> Node:
     if change.keep:
         condition = match.call(aten.logical_not.default, condition)
     return match.call(aten.masked_fill.Scalar, result, condition, 0)
-
-
-def _row_sum(match: Match, term: Node) -> Any:
-    """The sum of each row of a tensor, kept as a dimension: without a reduction where the rows are a softmax."""
-    if is_call(term, aten.softmax.int, aten._softmax.default):
-        rank = val(term).dim()
-        if term.args[1] % rank == rank - 1:
-            return 1.0
-    if is_cast(term):
-        return _row_sum(match, term.args[0])  # type: ignore[arg-type]
-    if is_call(term, aten.mul.Tensor):
-        for factor, rest in (term.args, term.args[::-1]):
-            if isinstance(rest, Node) and one_a_row(factor) and not one_a_row(rest):
-                return _times(match, _row_sum(match, rest), factor)
-    return match.call(aten.sum.dim_IntList, term, [-1], True)
 
 
 def _times(match: Match, a: Any, b: Any, divide: bool = False) -> Any:

@@ -28,6 +28,7 @@ from fxopt.passes._attention_scores import is_keys
 
 MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default)
 _ADDS = (aten.add.Tensor, aten.sub.Tensor)
+_SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,16 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Plus:
-    """`alpha` times a tensor is added to the weights."""
+    """`alpha` times a tensor is added to the weights: `factors`, the same for a whole row each, times `core`.
 
-    term: Node
+    Where the core is a softmax that nothing else uses (`covered`, with the factors' products), it can be made anew
+    beside a product of its own, to be another attention.
+    """
+
+    core: Node
     alpha: Any
+    factors: tuple[Any, ...] = ()
+    covered: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,7 @@ def tensors_of(change: Change) -> list[Node]:
     if isinstance(change, Rescale):
         read: list[Any] = [change.by]
     elif isinstance(change, Plus):
-        read = [change.term]
-        for at in read:  # sums of its rows are taken factor by factor
-            read += at.args if is_call(at, aten.mul.Tensor) else at.args[:1] if is_cast(at) else ()
+        read = [*change.factors, change.core.args[0] if change.covered else change.core]
     elif isinstance(change, Blank):
         read = [change.condition]
     else:
@@ -149,6 +154,7 @@ def read_weights(softmax: Node, layout: Layout, program: Sequence[Instruction]) 
     if unordered:
         return Miss("heads are mixed after the attention weights were changed", output)
     region = tuple(n for s in steps for n in (*s.inner, s.node))
+    region += tuple(n for c, _ in changes if isinstance(c, Plus) for n in c.covered)
     values = output.args[position + 1]
     assert isinstance(values, Node)
     return Weights(output, values, layout, tuple(c for c, _ in changes), region, zero_empty)
@@ -228,12 +234,33 @@ def _change(step: Step, layout: Layout, program: Sequence[Instruction]) -> Chang
         alpha, sign = number(given["alpha"]), -1 if node.target is aten.sub.Tensor else 1
         fits = isinstance(val(other), Tensor) and val(other).dim() > 1 and _same_width(other, before)
         if fits and isinstance(alpha, (int, float)) and position == 0:
-            return Plus(other, sign * alpha)  # type: ignore[arg-type]
+            return _added(other, sign * alpha, node)  # type: ignore[arg-type]
         if fits and alpha == 1 and sign == 1:
-            return Plus(other, 1)  # type: ignore[arg-type]
+            return _added(other, 1, node)  # type: ignore[arg-type]
     if is_call(node, aten.masked_fill, aten.where):
         return _blanked(node, position, program)
     return f"{node.target} is applied to the attention weights"
+
+
+def _added(term: Node, alpha: Any, user: Node) -> Plus:
+    """A term of the weights, taken apart if it is a softmax times factors that nothing else uses."""
+    core, factors, covered = term, [], []
+    while users(core) == [user] and (is_call(core, aten.mul.Tensor) or is_cast(core)):
+        pair = (
+            [(a, b) for a, b in (core.args, core.args[::-1]) if one_a_row(b) and not one_a_row(a)]
+            if len(core.args) == 2
+            else []
+        )
+        if is_call(core, aten.mul.Tensor):
+            if not pair or not isinstance(pair[0][0], Node) or not same_shape(val(pair[0][0]).shape, val(core).shape):
+                break
+            factors.append(pair[0][1])
+        covered.append(core)
+        user, core = core, pair[0][0] if is_call(core, aten.mul.Tensor) else core.args[0]  # type: ignore[assignment]
+    rank = val(core).dim()
+    if users(core) == [user] and is_call(core, *_SOFTMAXES) and core.args[1] % rank == rank - 1:
+        return Plus(core, alpha, tuple(factors), (*covered, core))
+    return Plus(term, alpha)
 
 
 def _same_width(a: Any, b: Any) -> bool:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fxopt
+
 _spec = importlib.util.spec_from_file_location("fxopt_test_attending", Path(__file__).with_name("_attending.py"))
 _shared = importlib.util.module_from_spec(_spec)
 sys.modules["fxopt_test_attending"] = _shared
@@ -87,7 +89,7 @@ def multiplied(q, k, v, m):
 
 def mask_of_zeros_and_ones(q, k, v, m):
     """GPT-1."""
-    b = torch.ones(5, 7).tril()
+    b = torch.ones(5, 7, dtype=q.dtype).tril()
     return attend(q @ k.mT * 0.3 * b + -1e4 * (1 - b) + m[:, :1], v)
 
 
@@ -194,3 +196,122 @@ def test_form_in_float32(fuser, form):
     actual = fuser.run(form, *inputs)
     assert fuser.sites == SITES.get(form, 1), fuser.reasons
     compare(actual, form, inputs)
+
+
+HALF = [soft_cap, soft_cap_scaled, sink, sink_first, scale_per_head, divided_per_head, mask_of_zeros_and_ones,
+        head_mask, gated_mixture, scores_from_a_linear_layer, talking_heads]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", HALF, ids=lambda f: f.__name__)
+def test_form_in_half_precision(fuser, form, dtype):
+    if form is soft_cap and dtype == torch.float16:
+        pytest.skip("-1e30 does not fit")
+    inputs = inputs_of(form, dtype)
+    actual = fuser.run(form, *inputs)
+    assert fuser.sites == SITES.get(form, 1), fuser.reasons
+    compare(actual, form, inputs)
+
+
+SYMBOLIC = [soft_cap, sink_first, scale_per_head, scale_per_row, scale_per_key, multiplied, head_mask, gated_mixture,
+            nan_filled, dead_rows_blanked, scores_from_a_linear_layer, talking_heads]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SYMBOLIC, ids=lambda f: f.__name__)
+def test_symbolic_sizes_are_not_specialised(fuser, form):
+    torch._dynamo.reset()
+
+    def program(q, k, v, m, w):
+        if form is talking_heads:
+            return talk(q, k, v, w)
+        return form(q, k, v + 0 * k, m)  # says that k and v are equally long
+
+    compiled = torch.compile(program, backend=fuser, fullgraph=True)
+    for rows, keys in ((5, 7), (9, 4), (33, 20)):
+        m = randn(2, 4, rows, keys, seed=4)
+        q, k, v = qkv(rows=rows, keys=keys)
+        if form is scores_from_a_linear_layer:
+            k, m, keys = k[:, :, :3], m[..., :3], 3
+            v = v[:, :, :3]
+        inputs = (q, k, v, m, randn(4, 4, seed=5))
+        for i, tensor in enumerate(inputs[:4]):
+            sizes = () if form is scores_from_a_linear_layer and i > 0 else (2, 3) if i == 3 else (2,)
+            for dim in sizes:
+                torch._dynamo.mark_dynamic(tensor, dim)
+        if form is scores_from_a_linear_layer:
+            torch._dynamo.mark_dynamic(m, 2)
+        with torch.no_grad():
+            compare(compiled(*inputs), program, inputs)
+    assert fuser.sites == 1, fuser.reasons
+    assert len(fuser.graphs) == 1
+
+
+def talk(q, k, v, w):
+    s = F.linear((q @ k.mT * 0.3).permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
+    return F.linear(torch.softmax(s, -1).permute(0, 2, 3, 1), w.T).permute(0, 3, 1, 2) @ v
+
+
+class Capped(torch.nn.Module):
+    """A soft cap that is a float attribute: symbolic under dynamic=True."""
+
+    cap, scale = 5.0, 0.3
+
+    def forward(self, q, k, v, m):
+        return attend(torch.tanh(q @ k.mT * self.scale / self.cap) * self.cap + m, v)
+
+
+def test_a_symbolic_soft_cap(fuser):
+    torch._dynamo.reset()
+    module = Capped()
+    compiled = torch.compile(module, backend=fuser, dynamic=True, fullgraph=True)
+    for module.cap, module.scale, rows in ((5.0, 0.3, 5), (2.5, 0.7, 9)):
+        inputs = (*qkv(rows=rows), randn(2, 4, rows, 7, seed=4))
+        with torch.no_grad():
+            compare(compiled(*inputs), module, inputs)
+    assert fuser.sites == 1, fuser.reasons
+
+
+TRAINED = [soft_cap, soft_cap_scaled, soft_cap_filled, sink, sink_first, sinks_of_several_columns, sink_beside_causal,
+           scale_per_head, scale_per_row, scale_per_key, divided_per_head, multiplied, mask_of_zeros_and_ones,
+           multiplied_and_capped, head_mask, gated_mixture, bias_on_the_weights, difference_of_weights,
+           scores_from_a_linear_layer, two_products_as_large, talking_heads]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", TRAINED, ids=lambda f: f.__name__)
+@pytest.mark.usefixtures("without_inductor")
+def test_gradients(form, monkeypatch, tmp_path):
+    """Results and gradients are no farther from float64 than twice eager's, and an ulp or two of the largest."""
+    inputs = inputs_of(form)
+
+    def gradients(program, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        out = program(*leaves)
+        found = torch.autograd.grad(out, leaves, randn(*out.shape, seed=9).to(dtype), allow_unused=True)
+        return [out.detach(), *(g for g in found if g is not None)]
+
+    torch._dynamo.reset()
+    with fxopt.record() as rec:
+        ours = gradients(torch.compile(form, backend="fxopt", fullgraph=True), torch.float32)
+    assert rec.counts().get("attention") == SITES.get(form, 1), rec
+    assert all(site.implementation != "reference" for site in rec.sites)
+    eager, exact = gradients(form, torch.float32), gradients(form, torch.float64)
+    assert len(ours) == len(eager)
+    for mine, theirs, right in zip(ours, eager, exact, strict=True):
+        allowed = 2 * (theirs.double() - right).abs().max() + 4 * torch.finfo(torch.float32).eps * right.abs().max()
+        assert (mine.double() - right).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("form", [soft_cap, sink, gated_mixture], ids=lambda f: f.__name__)
+def test_after_a_graph_break(fuser, form):
+    def program(q, k, v, m):
+        q = q * 2
+        torch._dynamo.graph_break()
+        return form(q, k, v, m) + 1
+
+    torch._dynamo.reset()
+    inputs = inputs_of(form)
+    with torch.no_grad():
+        actual = torch.compile(program, backend=fuser)(*inputs)
+    assert fuser.sites == 1
+    assert len(fuser.graphs) == 2
+    compare(actual, program, inputs)
