@@ -150,11 +150,22 @@ def test_no_opaque_kernel_in_training():
 
 
 def test_heads_are_repeated_under_a_mask_on_a_gpu():
-    _, args = attend("bool", empty_rows="uniform")
+    args = attention.bind(*attend("bool", empty_rows="uniform")[1])
     chosen = [attention.select(Target(torch.device(kind), training=True), *args)[0].name for kind in ("cuda", "cpu")]
     assert chosen == ["sdpa_repeated", "sdpa"]
     torch.testing.assert_close(attention.run("sdpa_repeated", *args), attention.run("reference", *args))
-    assert attention.select(Target(torch.device("cuda"), training=True), *attend()[1])[0].name == "sdpa"
+    plain = attention.bind(*attend()[1])
+    assert attention.select(Target(torch.device("cuda"), training=True), *plain)[0].name == "sdpa"
+
+
+def test_a_fill_with_minus_infinity_has_an_implementation_of_its_own():
+    def chosen(training, *mask, **settings):
+        args = attention.bind(*attend(*mask, **settings)[1])
+        return attention.select(Target(torch.device("cpu"), training=training), *args)[0].name
+
+    assert chosen(True, "bool") == "sdpa_filled"
+    assert chosen(False, "bool") == "sdpa"
+    assert chosen(True, "bool", empty_rows="zero") == chosen(True, "bool", empty_rows="uniform") == "sdpa"
 
 
 @pytest.mark.parametrize("fill, forms", [("masked_fill", "uniform"), ("add", "nan")])
