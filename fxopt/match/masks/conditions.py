@@ -248,10 +248,18 @@ def _absorb(parts: list[Condition]) -> list[Condition]:
                 return [FALSE]
             if len(choices) < len(part.parts):
                 part = choices[0] if len(choices) == 1 else Any.of(tuple(choices))
-        elif isinstance(part, Ne) and any(_implies(other, part) for other in parts if other is not part):
+        elif isinstance(part, Ne) and any(_rules_out(other, part) for other in parts if other is not part):
             continue
         kept.append(part)
     return kept
+
+
+def _rules_out(known: Condition, part: Ne) -> bool:
+    """Whether `part` certainly holds where `known` does; a coordinate is tried at the number that it must not be."""
+    form = part.form
+    if len(form.terms) == 1 and isinstance(form.terms[0][0], Coordinate) and isinstance(known, (Le, Eq)):
+        return replace(known, {form.terms[0][0]: integer(-form.constant * form.terms[0][1])}) is FALSE
+    return _implies(known, part)
 
 
 def _resolve(parts: list[Condition]) -> list[Condition]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from fxopt.match.masks.conditions import FALSE, TRUE, All, Condition, Constant, Eq, Le, Ne
+from fxopt.match.masks.bounds import Limits, limits
+from fxopt.match.masks.conditions import FALSE, TRUE, All, Condition, Constant, Eq, Le, Ne, all_of, conjuncts
 from fxopt.match.masks.forms import Apply, Atom, Coordinate, Form, Max, Quotient, Read, Size, elements
 from fxopt.match.masks.program import MaskProgram
 from fxopt.match.masks.values import Cases, Operand, Value, atoms
@@ -39,33 +40,40 @@ def describe(program: MaskProgram) -> str:
 
 
 def _bounds(program: MaskProgram) -> list[str]:
-    lower, upper, row = program.lower, program.upper, program.coordinates[-2]
+    """Words for the limits on keys, but for those that the words for chunks imply."""
+    row, key = program.coordinates[-2], program.coordinates[-1].atom
+    chunks = [chunk.condition for chunk in program.chunks]
+    own = [part for part in conjuncts(program.live) if part not in chunks]
+    found = Limits() if key is None else limits(all_of(own), key)
+    lower, upper = found.lower, found.upper
     words: list[str] = []
-    if upper is not None:
-        ahead = upper - row
-        largest = upper.atom
-        if upper is row:
-            words.append("causal")
-        elif isinstance(largest, Max) and row in largest.members:
-            rest = [show(m + 1) for m in largest.members if m is not row]
-            words.append(f"causal after a prefix of {', '.join(rest)}")
-        elif row.atom is not None and upper.coefficient(row.atom) == 1 and not ahead.is_number:
-            words.append(f"causal from {show(ahead)} on")
-        elif not ahead.is_number or row.is_number:
-            words.append(f"keys up to {show(upper)}")
-    if lower is not None:
-        behind = row - lower
-        if upper is not None and (upper - lower).is_number and not row.is_number:
-            width = (upper - lower).constant + 1
-            both = (upper - row).is_number and (upper - row).constant == behind.constant
-            words.append(f"window of {behind.constant} on both sides" if both else f"window {width}")
-        elif behind.is_number and not row.is_number:
-            words.append(f"not before the last {behind.constant + 1}")
-        else:
-            words.append(f"keys from {show(lower)} on")
-    elif upper is not None and not words:
-        words.append(f"causal, {(upper - row).constant:+d}")
+    ahead = None if upper is None else upper - row
+    behind = None if lower is None or row.is_number else row - lower
+    if upper is not None and ahead is not None:
+        words.append(_upper(upper, ahead, row))
+    if lower is None:
+        return words
+    if behind is None or not behind.is_number:
+        words.append(f"keys from {show(lower)} on")
+    elif ahead is None or not ahead.is_number:
+        words.append(f"keys from i - {behind.constant} on" if behind.constant >= 0 else f"keys from {show(lower)} on")
+    elif ahead.constant == behind.constant:
+        words = [f"window of {behind.constant} on both sides"]
+    else:
+        words.append(f"window {ahead.constant + behind.constant + 1}")
     return words
+
+
+def _upper(upper: Form, ahead: Form, row: Form) -> str:
+    if row.is_number:
+        return f"keys up to {show(upper)}"
+    if ahead.is_number:
+        return f"causal, {ahead.constant:+d}" if ahead.constant else "causal"
+    if isinstance(upper.atom, Max) and row in upper.atom.members:
+        return f"causal after a prefix of {', '.join(show(m + 1) for m in upper.atom.members if m is not row)}"
+    if row.atom is not None and upper.coefficient(row.atom) == 1 and row.atom not in ahead.atoms:
+        return f"causal from {show(ahead)} on"
+    return f"keys up to {show(upper)}"
 
 
 def _names(condition: Condition) -> str:

@@ -63,6 +63,8 @@ class Lifter:
         self.lifted: dict[tuple[Node, Index, int], Value] = {}
         self._written = frozenset().union(*(written for _, written in scope.writes))
         self._sizes: dict[Any, Form] = {}
+        self._alone: dict[Node, tuple[bool, ...]] = {}  # the dimensions of one element
+        self._same: dict[tuple[Form, Form], bool] = {}
         self._depth = 0
         self._homes: dict[Node, frozenset[int]] = {}
 
@@ -70,8 +72,11 @@ class Lifter:
 
     def value(self, node: Any, index: Index, reader: Node | None) -> Value:
         """The element of `node` at `index` as `reader` sees it (None: at the end of the graph)."""
-        shape = val(node).shape
-        index = tuple(integer(0) if known_equal(n, 1) else i for n, i in zip(shape, index, strict=True))
+        alone = self._alone.get(node)
+        if alone is None:
+            alone = self._alone[node] = tuple(self.same(n, 1) for n in val(node).shape)
+        if True in alone:
+            index = tuple(integer(0) if one else i for one, i in zip(alone, index, strict=True))
         key = (node, index, self.epoch(node, reader))
         found = self.lifted.get(key)
         if found is None:
@@ -96,7 +101,44 @@ class Lifter:
 
     def broadcast(self, node: Node, argument: Any, index: Index) -> Index:
         """The index into `argument` that broadcasting gives for `index` into the result of `node`."""
-        return broadcast(val(argument).shape, val(node).shape, index)
+        return self.into(val(argument).shape, val(node).shape, index)
+
+    def into(self, shape: Sequence[Any], result: Sequence[Any], index: Index) -> Index:
+        """The index into a tensor of `shape` for an index into a result of the shape that it is broadcast to."""
+        own = []
+        missing = len(result) - len(shape)
+        for n, m, form in zip(shape, result[missing:], index[missing:], strict=True):
+            if self.same(n, 1):
+                own.append(integer(0))
+            elif self.same(n, m):
+                own.append(form)
+            else:
+                raise Opaque(f"a dimension of {n} is not known to broadcast to {m}")
+        return tuple(own)
+
+    def joined(self, shapes: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+        """The shape that tensors of these shapes are broadcast to."""
+        result: tuple[Any, ...] = ()
+        for shape in shapes:
+            rank = max(len(result), len(shape))
+            a, b = ((*(1,) * (rank - len(s)), *s) for s in (result, shape))
+            result = tuple(m if self.same(n, 1) else n for n, m in zip(a, b, strict=True))
+        return result
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two sizes are known to be equal: `symbols.known_equal`, but asked of forms first."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a == b
+        key = (self.size(a), self.size(b))
+        found = self._same.get(key)
+        if found is None:
+            difference = key[0] - key[1]
+            if difference.is_number or difference.least > 0 or difference.most < 0:
+                found = difference is integer(0)
+            else:
+                found = known_equal(a, b)
+            self._same[key] = found
+        return found
 
     def size(self, size: Any) -> Form:
         """A size (int, SymInt or a node that holds one) as a form. Raises Opaque if it is none."""
@@ -186,19 +228,6 @@ class Lifter:
             return self.read(node, index, reader)
         finally:
             self._depth -= 1
-
-
-def broadcast(shape: Sequence[Any], result: Sequence[Any], index: Index) -> Index:
-    """The index into a tensor of `shape` for an index into a result of the shape that it is broadcast to."""
-    own = []
-    for n, m, form in zip(shape, result[len(result) - len(shape) :], index[len(index) - len(shape) :], strict=True):
-        if known_equal(n, 1):
-            own.append(integer(0))
-        elif known_equal(n, m):
-            own.append(form)
-        else:
-            raise Opaque(f"a dimension of {n} is not known to broadcast to {m}")
-    return tuple(own)
 
 
 def tensor(argument: Any) -> Node:

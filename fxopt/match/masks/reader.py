@@ -20,7 +20,7 @@ from fxopt.match.masks import arithmetic, logic, reads, views
 from fxopt.match.masks.conditions import TRUE, Eq, Ne
 from fxopt.match.masks.forms import Form, coordinate, elements, integer
 from fxopt.match.masks.lemmas import with_segments
-from fxopt.match.masks.lift import Index, Lifter, broadcast
+from fxopt.match.masks.lift import Index, Lifter
 from fxopt.match.masks.program import MaskProgram, depends, read_value
 from fxopt.match.masks.values import Opaque, Value, atoms, exactly
 from fxopt.match.miss import Miss
@@ -121,7 +121,7 @@ def _index(
         shapes.append([shapes[-1][d] for d in numbers] if kind == "permute" else numbers)
     if len(shapes[-1]) > len(sizes):
         raise Opaque(f"it has {len(shapes[-1])} dimensions")
-    index = broadcast(shapes[-1], sizes, coordinates)
+    index = lifter.into(shapes[-1], sizes, coordinates)
     for (kind, numbers), before, after in reversed(list(zip(moves, shapes[:-1], shapes[1:], strict=True))):
         if kind == "permute":
             own = [integer(0)] * len(before)
@@ -129,7 +129,7 @@ def _index(
                 own[d] = index[i]
             index = tuple(own)
         elif kind == "expand":
-            index = broadcast(before, after, index)
+            index = lifter.into(before, after, index)
         else:
             index = views.reshaped(lifter, index, after, before)
     return index

@@ -20,7 +20,7 @@ from torch.fx import Node
 from fxopt.graph.query import arguments, aten, val
 from fxopt.match.masks.conditions import Condition, all_of
 from fxopt.match.masks.forms import Form, coordinate, fits
-from fxopt.match.masks.lift import Index, Lifter, broadcast, handles, tensor
+from fxopt.match.masks.lift import Index, Lifter, handles, tensor
 from fxopt.match.masks.operands import as_number
 from fxopt.match.masks.values import Cases, Opaque, Scalar, Value, by_cases, choose, combine, exactly, numbers
 from fxopt.match.masks.views import at, concatenated
@@ -65,7 +65,7 @@ def _index(lifter: Lifter, node: Node, index: Index) -> Value:
     used = [d for d, given in enumerate(indices) if given is not None]
     if not used or any(val(indices[d]).dtype in (torch.bool, torch.uint8) for d in used):
         raise Opaque("a mask in place of indices")
-    shape = torch.broadcast_shapes(*(tuple(val(indices[d]).shape) for d in used))
+    shape = lifter.joined(val(indices[d]).shape for d in used)
     adjacent = used == list(range(used[0], used[-1] + 1))
     first = used[0] if adjacent else 0
     own, rest = index[first : first + len(shape)], [*index[:first], *index[first + len(shape) :]]
@@ -74,7 +74,7 @@ def _index(lifter: Lifter, node: Node, index: Index) -> Value:
         if given is None:
             place.append(rest.pop(0))
         else:
-            place.append(_indices(lifter, node, given, broadcast(val(given).shape, shape, own)))
+            place.append(_indices(lifter, node, given, lifter.into(val(given).shape, shape, own)))
     return _look_up(lifter, node, source, place)
 
 

@@ -15,7 +15,6 @@ import torch
 from torch.fx import Node
 
 from fxopt.graph.query import COPIES, PERMUTES, RESHAPES, arguments, aten, permutation, val
-from fxopt.graph.symbols import known_equal
 from fxopt.match.masks.conditions import FALSE, Condition, all_of, constant, eq, le
 from fxopt.match.masks.forms import Form, exact_integers, integer, integer_range, quotient, remainder
 from fxopt.match.masks.lift import Index, Lifter, handles, tensor
@@ -56,14 +55,14 @@ def reshaped(lifter: Lifter, index: Index, shape: Sequence[Any], source: Sequenc
     Dimensions that have kept their size keep their index; between those, static sizes are divided and multiplied.
     Raises Opaque where sizes that are not numbers would have to be.
     """
-    new = [(n, i) for n, i in zip(shape, index, strict=True) if not known_equal(n, 1)]
-    old = [d for d, n in enumerate(source) if not known_equal(n, 1)]
+    new = [(n, i) for n, i in zip(shape, index, strict=True) if not lifter.same(n, 1)]
+    old = [d for d, n in enumerate(source) if not lifter.same(n, 1)]
     own = [integer(0)] * len(source)
     while new and old:
-        if known_equal(new[0][0], source[old[0]]):
+        if lifter.same(new[0][0], source[old[0]]):
             own[old.pop(0)] = new.pop(0)[1]
             continue
-        if known_equal(new[-1][0], source[old[-1]]):
+        if lifter.same(new[-1][0], source[old[-1]]):
             own[old.pop()] = new.pop()[1]
             continue
         inner = [n for n, _ in new[1:]] + [source[d] for d in old[1:]]
@@ -177,6 +176,7 @@ def _roll(lifter: Lifter, node: Node, index: Index) -> Value:
     source = tensor(given["self"])
     shape = val(source).shape
     shifts, dims = ([x] if isinstance(x, int) else list(x) for x in (given["shifts"], given["dims"]))
+    dims = dims or ([0] if len(shape) == 1 else [])
     if len(dims) != len(shifts) or not all(isinstance(x, int) for x in shifts):
         raise Opaque("a roll over all dimensions at once")
     for shift, dim in zip(shifts, dims, strict=True):
@@ -194,7 +194,7 @@ def _repeat(lifter: Lifter, node: Node, index: Index) -> Value:
     for n, m, i in zip(
         shape, val(node).shape[len(index) - len(shape) :], index[len(index) - len(shape) :], strict=True
     ):
-        if known_equal(n, m):
+        if lifter.same(n, m):
             own.append(i)
         elif isinstance(n, int) and n > 0:
             own.append(remainder(i, n))
@@ -206,7 +206,8 @@ def _repeat(lifter: Lifter, node: Node, index: Index) -> Value:
 @handles(aten.repeat_interleave.self_int)
 def _repeat_interleave(lifter: Lifter, node: Node, index: Index) -> Value:
     given = arguments(node)
-    times, dim = given["repeats"], given["dim"]
+    times = given["repeats"]
+    dim = 0 if given["dim"] is None and len(val(given["self"]).shape) == 1 else given["dim"]
     if not isinstance(times, int) or times < 1 or dim is None:
         raise Opaque("elements are repeated an unknown number of times")
     return lifter.value(tensor(given["self"]), at(index, dim, quotient(index[dim % len(index)], times)), node)
