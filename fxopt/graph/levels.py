@@ -90,18 +90,22 @@ def regions(graph: Graph) -> list[list[Node]]:
 
 
 def _open(nodes: Sequence[Node]) -> Iterator[tuple[int, int]]:
-    """(first, last) of each stretch with a level open, or hooks on saved tensors switched off for one."""
-    depth, first, hooks_off = 0, -1, False
+    """(first, last) of each stretch with a level open, or hooks on saved tensors switched off for one.
+
+    Where these are switched off for no level, the switches stand alone: nothing is left of them.
+    """
+    depth, first, hooks_off, levels = 0, -1, False, 0
     for i, node in enumerate(nodes):
         name = call_name(node)
         if name == "lazy_load_decompositions" and first < 0:
             yield i, i  # nothing is left of it outside of a level
         hooks_off = name == _HOOKS_OFF or (hooks_off and name != _HOOKS_ON)
         depth += (name in _OPEN) - (name in _CLOSE)
+        levels += name in _OPEN
         if first < 0 and (depth or hooks_off):
-            first = i
+            first, levels = i, depth
         if first >= 0 and not (depth or hooks_off):
-            yield first, i
+            yield from [(first, i)] if levels else [(first, first), (i, i)]
             first = -1
     if first >= 0:
         yield first, len(nodes) - 2  # the last is the output

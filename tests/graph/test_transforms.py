@@ -185,6 +185,18 @@ def test_an_autograd_function_inside_keeps_its_backward(captured):
     assert any("higher-order op" in reason or "autograd function" in reason for reason in captured.reasons)
 
 
+def test_hooks_on_saved_tensors_switched_off(captured):
+    def program(x):
+        with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+            y = torch.softmax(x @ x.mT, -1)
+        return y @ x
+
+    eager, ours = outcome(captured, program, x, grad=True)
+    same(eager, ours)
+    assert not captured.reasons
+    assert captured.targets().count(aten.softmax.int) == 1
+
+
 def test_a_failed_trace_leaves_nothing_behind(captured, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no")
