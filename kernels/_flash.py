@@ -347,7 +347,8 @@ def flash_attention(
                 BLOCK_S=_triton.next_power_of_2(splits), num_warps=4,
             )  # fmt: skip
         return out
-    block_m, block_n, warps, stages = _prefill_blocks(wide, common.itemsize, mask is not None or factor is not None)
+    tensors = (mask is not None) + (factor is not None)
+    block_m, block_n, warps, stages = _prefill_blocks(wide, common.itemsize, tensors)
     _prefill_kernel[(batch * heads, _triton.ceil_div(rows, block_m))](
         *operands, heads, group, rows, keys, *numbers, *strides,
         **flags, **shape, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
@@ -378,12 +379,15 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _prefill_blocks(row_bytes: int, itemsize: int, masked: bool) -> tuple[int, int, int, int]:
-    """(query rows, keys, warps, stages) a tile: what compiles without spilling on sm_80, sm_90 and sm_100."""
+def _prefill_blocks(row_bytes: int, itemsize: int, tensors: int) -> tuple[int, int, int, int]:
+    """(query rows, keys, warps, stages) a tile: what compiles without spilling on sm_80, sm_90 and sm_100.
+
+    `tensors` counts those that are read beside the scores, a mask and a factor.
+    """
     if itemsize == 4 or row_bytes > 256:
         return 64, 32, 8, 2
-    if masked:
-        return 64, 64, 4, 2
+    if tensors:
+        return 64, 64 if tensors == 1 else 32, 4, 2
     return 128, 64, 4 if row_bytes <= 128 else 8, 3
 
 
@@ -425,7 +429,7 @@ def _values(mask: str | None, **flags: Any) -> dict[str, Any]:
 def _prefill_example(name: str, dtype: str, mask: str | None, d: int, **flags: Any) -> CompileExample:
     itemsize = 4 if dtype == "fp32" else 2
     widths = _widths(d)
-    tensors = mask is not None or "FACTOR" in flags
+    tensors = (mask is not None) + ("FACTOR" in flags)
     block_m, block_n, warps, stages = _prefill_blocks(widths["BLOCK_D"] * itemsize, itemsize, tensors)
     values = _values(mask, **flags) | {**widths, "BLOCK_M": block_m, "BLOCK_N": block_n}
     signature = _signature(_prefill_kernel, dtype, mask, "heads group rows keys")
