@@ -76,6 +76,8 @@ def inspect(
                 out.print(f"written: {report.save(path.expanduser())}", markup=False, soft_wrap=True)
             except OSError as error:
                 raise UserError(f"can't write {path}: {error.strerror or error}") from None
+            except (ImportError, ValueError) as error:  # no networkx; nothing was drawn
+                raise UserError(f"can't write {path}: {error}") from None
     return 0
 
 

@@ -17,9 +17,13 @@ def to_networkx(report: Report, side: str = "after") -> networkx.MultiDiGraph:
 
     `side` is "before" or "after" the rewrites. Node names are "graph/part/name", since graphs may share names; the
     attribute `fusion` names what made a node, or will replace it. Raises ValueError for another side, and where
-    nothing was drawn (a report of cached code). Needs networkx.
+    nothing was drawn (a report of cached code). Raises ImportError without
+    networkx.
     """
-    import networkx
+    try:
+        import networkx
+    except ImportError as error:
+        raise ImportError("exporting graphs needs networkx: pip install networkx") from error
 
     if side not in ("before", "after"):
         raise ValueError(f"side is 'before' or 'after', not {side!r}")
@@ -45,9 +49,10 @@ def _add(made: networkx.MultiDiGraph, prefix: str, drawing: Drawing, fusions: di
 
 def graphml(report: Report) -> str:
     """The rewritten graphs as GraphML."""
+    graph = to_networkx(report)
     import networkx
 
-    return "\n".join(networkx.generate_graphml(to_networkx(report))) + "\n"
+    return "\n".join(networkx.generate_graphml(graph)) + "\n"
 
 
 def dot(report: Report) -> str:

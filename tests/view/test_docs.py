@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 import torch
 
 import fxopt.backend
+import fxopt.view.show
 from fxopt.options import Options
 from fxopt.rewrite.plugins import unregister
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "writing-a-fusion.md").read_text(encoding="utf-8")
+SEEING = (ROOT / "docs" / "seeing.md").read_text(encoding="utf-8")
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 HOW = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -34,6 +38,7 @@ def _clean(monkeypatch):
     yield
     unregister("soft_cap")
     unregister("swiglu")
+    unregister("double-angle")
     torch._dynamo.reset()
 
 
@@ -45,6 +50,29 @@ def test_tutorial(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "fxopt_tutorial")
     printed = capsys.readouterr().out
     assert doctest.OutputChecker().check_output(blocks(TUTORIAL, "text"), printed, FLAGS), printed
+
+
+def test_seeing_page(tmp_path, monkeypatch, capsys):
+    (tmp_path / "fxopt_seeing.py").write_text(blocks(SEEING, "python"), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module("fxopt_seeing")
+    monkeypatch.delitem(sys.modules, "fxopt_seeing")
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.html", "report.json", "report.dot"}
+    assert capsys.readouterr().out.count("the check passes with every rewrite") == 2
+
+
+def summary(name):
+    """The first sentence of a public name's docstring, on one line."""
+    thing = fxopt.view.show.view if name == "view" else getattr(fxopt, name)
+    return " ".join(inspect.getdoc(thing).split("\n\n")[0].split())
+
+
+def test_every_public_name_is_on_the_api_page_with_its_own_words():
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", API, re.MULTILINE))
+    public = [name for name in fxopt.__all__ if name != "__version__"]
+    assert {name: summary(name).replace("|", "\\|") for name in public} == listed
+    assert set(fxopt.__all__) <= set(dir(fxopt))
 
 
 def test_view_section(tmp_path, monkeypatch, capsys):
