@@ -73,12 +73,18 @@ def test_wheel_through_sdist_holds_one_package(tmp_path):
         assert sources
         assert sources <= set(names)
     assert len(names) == len(set(names))
-    assert "fxopt/view/report.html.j2" in names
+    data = {f"fxopt/{f.relative_to(ROOT / 'fxopt')}" for f in _data("view/assets") | _data("cli/templates")}
+    assert len(data) > 10
+    assert data <= set(names)
     for line in ("fxopt = fxopt.backend:fxopt", "fxopt = fxopt.cli:main", "attention = fxopt.passes.attention:"):
         assert line in points
     with tarfile.open(sdist) as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "passes/attention.py", "kernels/attention.py"} <= shipped
+
+
+def _data(folder):
+    return {path for path in (ROOT / "fxopt" / folder).iterdir() if path.is_file()}
 
 
 def _copy_of_the_tree(target):

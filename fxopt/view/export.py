@@ -17,8 +17,7 @@ def to_networkx(report: Report, side: str = "after") -> networkx.MultiDiGraph:
 
     `side` is "before" or "after" the rewrites. Node names are "graph/part/name", since graphs may share names; the
     attribute `fusion` names what made a node, or will replace it. Raises ValueError for another side, and where
-    nothing was drawn (a report of cached code). Raises ImportError without
-    networkx.
+    nothing was drawn (a report of cached code); ImportError without networkx.
     """
     try:
         import networkx
