@@ -108,7 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(
         "decoder", {**DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4}, DECODE,
         {"attention": 2, "rms_norm": 2 * 4 + 1, **GATED_ROTARY},  # norms after attention and MLP too
-        {"attention": (2, "soft-capped")}, attention=("eager",),
+        attention=("eager",),
     ),
     "gemma3_text": Architecture(
         "decoder",
@@ -145,7 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt_oss": Architecture(
         "moe", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}, DECODE,
-        {"attention": 2, "rms_norm": 2 * 2 + 1, **GATED_ROTARY}, {"attention": (2, "concatenated")},
+        {"attention": 2, "rms_norm": 2 * 2 + 1, **GATED_ROTARY},
         attention=("eager",),
     ),
     "deepseek_v3": Architecture(
