@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 #: raised whenever a field changes its meaning, so that an old file is refused and not misread
 SCHEMA = 2
 
+#: characters of a graph as text, before and after together, that a page has room for (a 32-layer model has a million)
+LONGEST = 200_000
+
 
 def save(report: Report, path: str | os.PathLike[str]) -> Path:
     """Write `report` in the form that the suffix of `path` names. Raises ValueError for an unknown suffix."""
@@ -115,6 +118,7 @@ def page(report: Report) -> str:
         dagre=asset("dagre.min.js"),
         layout=asset("layout.js"),
         script=script,
+        longest=LONGEST,
         digest=Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
     )
 

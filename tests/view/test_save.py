@@ -223,3 +223,10 @@ def test_notebook_shows_the_page_in_a_sandboxed_frame(hostile):
     attributes = dict(frame.attributes)
     assert attributes["sandbox"] == "allow-scripts"  # and not the notebook's own origin
     assert attributes["srcdoc"] == save.page(hostile)
+
+
+def test_a_long_graph_is_left_to_the_json():
+    graph = GraphReport("g", normalized=True, before="x" * save.LONGEST, after="y")
+    html = save.page(Report([graph]))
+    assert "too long for a page" in html
+    assert len(html) < save.LONGEST
