@@ -27,7 +27,7 @@ from fxopt.match.miss import Miss, NearMiss
 from fxopt.ops import find_op
 from fxopt.rewrite import quota
 from fxopt.rewrite.fusion import Fusion, Step, Verdict
-from fxopt.rewrite.guard import GraphBroken, Watch, damage, fingerprint
+from fxopt.rewrite.guard import GraphBroken, Ledger, Watch
 from fxopt.rewrite.meta_check import check_meta
 from fxopt.rewrite.verify import Verifier
 
@@ -97,6 +97,7 @@ class _Driver:
         self.given_up: set[tuple[str, Node]] = set()  # (fusion, anchor) whose rewrite failed: not tried again
         self.applied: Counter[str] = Counter()
         self.limit = MAX_APPLICATIONS * len(graph.nodes)
+        self.ledger: Ledger | None = None  # of the sweep under way, from its first application on
         self.told: set[tuple[str, str]] = set()  # (fusion, failure) that was warned of: layers fail alike
 
     def run(self) -> Outcome:
@@ -129,6 +130,12 @@ class _Driver:
         except Exception as error:
             self._warn(fusion, "raised when asked for its anchors", error)
             return
+        self.ledger = None
+        self._apply_at(fusion, anchors)
+        if self.ledger is not None and (harm := self.ledger.damage()) is not None:
+            raise GraphBroken(fusion.name, harm)
+
+    def _apply_at(self, fusion: Fusion, anchors: Iterable[object]) -> None:
         for anchor in self.scope.find(anchors):
             key = (fusion.name, anchor)
             if key in self.given_up or anchor.meta.get(SHADOW) or anchor._erased:
@@ -170,7 +177,8 @@ class _Driver:
 
     def _apply(self, fusion: Fusion, anchor: Node, match: Match, start: float) -> None:
         began = time.perf_counter()
-        before = fingerprint(self.graph)
+        ledger = self.ledger = self.ledger or Ledger(self.graph)
+        size = len(self.graph.nodes)
         try:
             made = self.watch(fusion.rewrite, match)
             replacements = made if isinstance(made, tuple) else (made,)
@@ -178,7 +186,9 @@ class _Driver:
         except Exception as error:
             self._warn(fusion, f"raised while rewriting at {anchor.name}", error)
             replacements, verdict = (), Verdict("failed", f"the fusion raised {type(error).__name__}: {error}")
-        if (harm := damage(self.graph, before, match.made)) is not None:
+        ledger.allow(match.made)
+        if len(self.graph.nodes) != size + len(match.made) or any(node._erased for node in match.made):
+            harm = ledger.damage() or f"erased what it had made ({len(match.made)} nodes)"
             raise GraphBroken(fusion.name, harm)
         checked = time.perf_counter()
         if verdict.status != "failed":
@@ -219,7 +229,9 @@ class _Driver:
             for node in match.nodes:
                 node.meta[SHADOW] = True
             self.raised.append((len(self.outcome.steps), match, replacements))
+        assert self.ledger is not None
         for old, new in zip(match.outputs, replacements, strict=True):
+            self.ledger.allow(old.users)
             new.meta[STANDS_FOR] = old.meta.get(STANDS_FOR, old.meta["val"])
             old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in match.nodes)
         if fusion.stage != "raise":
@@ -251,6 +263,8 @@ class _Driver:
             if node._erased or node.users or not self.scope.is_pure(node):
                 continue
             work += sorted(node.all_input_nodes)
+            if self.ledger is not None:
+                self.ledger.allow([node])
             self.graph.erase_node(node)
 
 

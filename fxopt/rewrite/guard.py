@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
@@ -75,23 +75,39 @@ class Watch:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Overtime))
 
 
-Fingerprint = list[tuple[Node, Any, Any, Any]]
+class Ledger:
+    """A graph as it was, and what its owner did to it since: the rest was done by somebody else.
 
+    The comparison takes the whole graph, so one ledger serves for all applications of one fusion in a sweep.
+    """
 
-def fingerprint(graph: Graph) -> Fingerprint:
-    """What the graph's nodes are: their targets and arguments, by identity (a change makes new ones)."""
-    return [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
+    def __init__(self, graph: Graph) -> None:
+        """The graph as it is now."""
+        self.graph = graph
+        # By identity: a change makes new arguments.
+        self._before = {node: (node.target, node.args, node.kwargs) for node in graph.nodes}
+        self._own: set[Node] = set()
+        self._harm: str | None = None
 
+    def allow(self, nodes: Iterable[Node]) -> None:
+        """What happens to `nodes` from now on is done by the owner."""
+        for node in nodes:
+            if node not in self._own:
+                self._harm = self._harm or self._changed(node)
+                self._own.add(node)
 
-def damage(graph: Graph, before: Fingerprint, made: Collection[Node]) -> str | None:
-    """What was done to the graph besides making the nodes `made`, as words that begin with a verb; None if nothing."""
-    for node, target, args, kwargs in before:
+    def damage(self) -> str | None:
+        """What was done by somebody else, as words that begin with a verb; None if nothing."""
+        others = (self._changed(node) for node in self._before if node not in self._own)
+        new = (n for n in self.graph.nodes if n not in self._before and n not in self._own)
+        strange = (f"inserted {node.name} by itself" for node in new)
+        return self._harm or next(filter(None, others), None) or next(strange, None)
+
+    def _changed(self, node: Node) -> str | None:
+        if node not in self._before:
+            return None
+        target, args, kwargs = self._before[node]
         if node._erased:
             return f"erased {node.name}"
-        if node.target is not target or node.args is not args or node.kwargs is not kwargs:
-            return f"changed {node.name}"
-    if len(graph.nodes) != len(before) + len(made):
-        known = {node for node, *_ in before} | set(made)
-        strange = [node.name for node in graph.nodes if node not in known]
-        return f"inserted {', '.join(strange)} by itself" if strange else f"erased what it had made ({len(made)} nodes)"
-    return None
+        same = node.target is target and node.args is args and node.kwargs is kwargs
+        return None if same else f"changed {node.name}"
