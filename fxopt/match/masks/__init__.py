@@ -6,8 +6,8 @@ describe(program)               the same, in words
 """
 
 from fxopt.match.masks.describe import describe, show
-from fxopt.match.masks.evaluate import evaluate
+from fxopt.match.masks.evaluate import evaluate, insert
 from fxopt.match.masks.program import Chunk, MaskProgram, Segment
 from fxopt.match.masks.reader import addends, read_mask
 
-__all__ = ["Chunk", "MaskProgram", "Segment", "addends", "describe", "evaluate", "read_mask", "show"]
+__all__ = ["Chunk", "MaskProgram", "Segment", "addends", "describe", "evaluate", "insert", "read_mask", "show"]

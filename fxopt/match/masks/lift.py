@@ -35,8 +35,8 @@ HANDLERS: dict[Any, Handler] = {}
 #: how an op is followed that is not in the table
 FALLBACKS: list[tuple[Callable[[Node], bool], Handler]] = []
 
-#: nodes and indices followed for one graph before the rest is read as it is
-BUDGET = 4000
+#: nodes and indices followed for one mask before the rest is read as it is
+BUDGET = 2000
 #: ops followed on the way from the mask to an input
 MAX_DEPTH = 120
 
@@ -66,6 +66,7 @@ class Lifter:
         self._alone: dict[Node, tuple[bool, ...]] = {}  # the dimensions of one element
         self._same: dict[tuple[Form, Form], bool] = {}
         self._depth = 0
+        self._followed = 0
         self._homes: dict[Node, frozenset[int]] = {}
 
     # values
@@ -143,14 +144,12 @@ class Lifter:
     def size(self, size: Any) -> Form:
         """A size (int, SymInt or a node that holds one) as a form. Raises Opaque if it is none."""
         size = val(size)
-        if isinstance(size, bool) or not isinstance(size, (int, SymInt)):
-            raise Opaque(f"{size} is no integer")
-        if isinstance(size, int):
-            return integer(size)
+        if not isinstance(size, SymInt):
+            return size_form(size)
         expression = size.node.expr
         found = self._sizes.get(expression)
         if found is None:
-            found = self._sizes[expression] = _form_of(expression, size.node.shape_env)
+            found = self._sizes[expression] = size_form(size)
         return found
 
     # writes
@@ -211,7 +210,7 @@ class Lifter:
     def _follow(self, node: Node, index: Index, reader: Node | None) -> Value:
         if (
             node.op != "call_function"
-            or len(self.lifted) > BUDGET
+            or self._followed > BUDGET
             or self._depth > MAX_DEPTH
             or self.epoch(node, reader) != self.epoch(node, node)
             or is_random(node)
@@ -221,6 +220,7 @@ class Lifter:
         handler = HANDLERS.get(node.target) or next((h for applies, h in FALLBACKS if applies(node)), None)
         if handler is None:
             return self.read(node, index, reader)
+        self._followed = self._followed + 1 if self._depth else 0
         self._depth += 1
         try:
             return handler(self, node, index)
@@ -235,6 +235,15 @@ def tensor(argument: Any) -> Node:
     if not isinstance(argument, Node) or not isinstance(val(argument), Tensor):
         raise Opaque(f"{argument} is no tensor")
     return argument
+
+
+def size_form(size: Any) -> Form:
+    """A size (int or SymInt) as a form. Raises Opaque if it is none."""
+    if isinstance(size, SymInt):
+        return _form_of(size.node.expr, size.node.shape_env)
+    if isinstance(size, int) and not isinstance(size, bool):
+        return integer(size)
+    raise Opaque(f"{size} is no integer")
 
 
 def _form_of(expression: Any, shape_env: Any) -> Form:

@@ -36,6 +36,7 @@ from fxopt.match.masks.conditions import (
     condition_atoms,
     conjuncts,
     eq,
+    le,
     negate,
     replace,
 )
@@ -128,6 +129,19 @@ class MaskProgram:
         if not isinstance(self.coordinates[-1].atom, Coordinate):
             return False
         return self.upper is self.coordinates[-2] and self.lower is None and self.is_bounds and self.bias is None
+
+    @property
+    def beside_causal(self) -> Condition | None:
+        """What the mask asks besides j <= i, exactly; None if j <= i is not among what it asks.
+
+        A row without a live key has the same result with its part beyond the diagonal masked by -inf only if it is NaN
+        or 0: taking causality out of a mask is right where `empty_rows` is neither "uniform" nor "mixed".
+        """
+        causal = le(self.coordinates[-1] - self.coordinates[-2])
+        parts = conjuncts(self.live)
+        if causal not in parts:
+            return None
+        return all_of([part for part in parts if part is not causal])
 
     @property
     def is_bounds(self) -> bool:
