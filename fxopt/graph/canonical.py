@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxopt.graph.casts import casts_first
 from fxopt.graph.query import (
     arguments,
+    faking,
     is_mutable,
     is_reshape,
     is_tensor,
@@ -204,7 +205,7 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
                 _replace_in_place(graph, step)
             for view in views:  # of the new value now
                 args, kwargs = tree_map(val, (view.args, view.kwargs))
-                with val(view).fake_mode:
+                with faking(val(view).fake_mode):
                     view.meta["val"] = view.target(*args, **kwargs)  # type: ignore[operator]
             changed += len(steps)
     return changed
@@ -250,13 +251,13 @@ def _replace_in_place(graph: Graph, node: Node) -> None:
         made = graph.call_function(functional, node.args, node.kwargs)
         made.meta = dict(node.meta)
         values = [val(a) for a in made.args]
-        with before.fake_mode:
+        with faking(before.fake_mode):
             made.meta["val"] = functional(*values, **{k: val(v) for k, v in made.kwargs.items()})
         if made.meta["val"].dtype != before.dtype:  # in-place arithmetic keeps its target's dtype
             wide = made
             made = graph.call_function(aten.to.dtype, (wide, before.dtype))
             made.meta = dict(node.meta)
-            with before.fake_mode:
+            with faking(before.fake_mode):
                 made.meta["val"] = wide.meta["val"].to(before.dtype)
     later = [user for user in target.users if node < user]
     for user in later:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from fxopt.graph.query import arguments, is_cast, is_permute, val
+from fxopt.graph.query import arguments, faking, is_cast, is_permute, val
 from fxopt.graph.scope import storages
 
 _META = ("stack_trace", "nn_module_stack", "from_node", "seq_nr")
@@ -40,7 +40,7 @@ def casts_first(graph: Graph, written: frozenset[int], cut: frozenset[Node] = fr
 
 def _move(graph: Graph, node: Node, source: Node, chain: list[Node]) -> bool:
     made = []
-    with graph.inserting_before(node), val(node).fake_mode:
+    with graph.inserting_before(node), faking(val(node).fake_mode):
         last = source
         for step in (node, *reversed(chain)):
             call: Callable[..., Any] = step.target  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -69,6 +71,13 @@ COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.defa
 def val(node: Any) -> Any:
     """The fake value of a node (FakeTensor, SymInt, tuple ...); anything but a node is its own value."""
     return node.meta.get("val") if isinstance(node, Node) else node
+
+
+@contextlib.contextmanager
+def faking(mode: Any) -> Iterator[None]:
+    """A context in which ops run on fakes of `mode`, also those whose rule for symbolic sizes is written in Python."""
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def storage(value: Any) -> int | None:

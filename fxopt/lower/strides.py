@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxopt.graph.query import val
+from fxopt.graph.query import faking, is_cast, val
 from fxopt.graph.scope import storages
 from fxopt.graph.symbols import hint, known_equal
 from fxopt.rewrite.driver import STANDS_FOR
 
 aten = torch.ops.aten
+
+#: which lack the tag
+_ELEMENT_BY_ELEMENT = {aten.clone.default, aten.dropout.default, aten.native_dropout.default, aten.masked_fill_.Scalar}
 
 _LITERAL_STRIDES = {aten.as_strided.default, aten.view.default, aten.view.dtype, aten.view_as_real.default}
 
@@ -50,17 +53,25 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def _strides_matter(node: Node) -> bool:
-    """Whether the value, or a view of it, is returned or read by an op that takes strides literally."""
+    """Whether the value, or what takes its strides from it, is returned or read by an op that takes strides literally.
+
+    A view does, and so does what is computed from the value element by element.
+    """
     work, seen = [node], {node}
     while work:
         current = work.pop()
         for user in current.users:
             if user.op == "output" or user.target in _LITERAL_STRIDES or not _is_plain_aten(user):
                 return True
-            if user not in seen and storages(user) & storages(current):
+            if user not in seen and (_keeps_strides(user) or storages(user) & storages(current)):
                 seen.add(user)
                 work.append(user)
     return False
+
+
+def _keeps_strides(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or is_cast(node) or node.target in _ELEMENT_BY_ELEMENT
 
 
 def _is_plain_aten(node: Node) -> bool:
@@ -71,6 +82,6 @@ def _call(graph: Graph, like: Node, target: Any, *args: Any, **kwargs: Any) -> N
     node = graph.call_function(target, args, kwargs)
     node.meta = {k: v for k, v in like.meta.items() if k != "val"}
     values = [val(a) for a in args]
-    with val(args[0]).fake_mode:
+    with faking(val(args[0]).fake_mode):
         node.meta["val"] = target(*values, **kwargs)
     return node

@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxopt.compat import NewGuardError, no_new_guards
-from fxopt.graph.query import is_tensor, val, widens
+from fxopt.graph.query import faking, is_tensor, val, widens
 from fxopt.graph.symbols import is_static, same_shape
 from fxopt.match.matcher import Found, read_pattern
 from fxopt.match.miss import Miss
@@ -77,7 +77,7 @@ def _run_all(pattern: Pattern, found: Found, mode: Any) -> _Run:
     values = {v: val(found.bindings[name]) for name, v in pattern.variables.items() if name in found.bindings}
     results: dict[Node, Any] = {}
     try:
-        with mode, torch.no_grad(), no_new_guards(mode.shape_env):
+        with faking(mode), torch.no_grad(), no_new_guards(mode.shape_env):
             for node in _chosen(pattern, found):
                 if node.op == "placeholder":
                     continue

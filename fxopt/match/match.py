@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxopt.graph.query import val
+from fxopt.graph.query import faking, val
 
 
 @dataclass
@@ -66,7 +66,8 @@ class Match:
 
     def fake_mode(self) -> Any:
         """The mode of the fake values around the match, as a context in which their ops run."""
-        return detect_fake_mode(tree_leaves([val(node) for node in self.nodes])) or contextlib.nullcontext()
+        mode = detect_fake_mode(tree_leaves([val(node) for node in self.nodes]))
+        return contextlib.nullcontext() if mode is None else faking(mode)
 
     def item(self, node: Node, index: int) -> Node:
         """Result `index` of a node with several results."""

@@ -70,6 +70,20 @@ def test_nothing_is_normed_that_has_no_dimensions(norm):
     assert not run(layer_norm if norm == "layer norm" else softmax, torch.tensor(0.5)).sites
 
 
+def test_strides_reach_an_output_through_what_is_computed_element_by_element():
+    """The norm of a transposed tensor is fused to a contiguous one; what was returned beside it is laid out as ever."""
+
+    def program(x, w):
+        d = x - x.mean(-1, keepdim=True)
+        return torch.where(w > 0, w * (d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + 1e-6)), w).sin()
+
+    assert run(program, torch.randn(4, 2, 8).transpose(0, 1), w).counts() == {"layer_norm": 1}
+
+
+def test_an_in_place_op_whose_shape_rule_is_written_in_python():
+    run(lambda x, w: x.sin().lerp_(w, 0.3).cos(), x, w, dynamic=True)
+
+
 @torch.no_grad()
 def quietly(step, x):
     return step(x)
