@@ -155,7 +155,22 @@ def fusions(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], tuple[Ten
         q = torch.stack([p & 15, p >> 4], -1).reshape(p.shape[0], -1, 32).to(x.dtype) - 8
         return F.linear(x, (q * s[:, :, None]).reshape(p.shape[0], -1))
 
+    def gated(gate: Tensor, up: Tensor, w: Tensor) -> Tensor:
+        return F.linear(F.silu(gate.sin()) * up.sin(), w)
+
+    def gelu(gate: Tensor, up: Tensor, w: Tensor) -> Tensor:
+        gate, up = gate.sin(), up.sin()
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate.pow(3))
+        return F.linear(0.5 * gate * (1 + torch.tanh(inner)) * up, w)
+
+    def half(x: Tensor) -> Tensor:
+        return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return (q * cos + half(q) * sin) @ (k * cos + half(k) * sin).mT
+
     rows, weight = (2, 64, 128), randn(128)
+    tables = torch.randn(64, 32).to(dtype), torch.randn(64, 32).to(dtype)
     keep = torch.rand(2, 1, 64, 64) < 0.7
     mask = torch.zeros(2, 1, 64, 64, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
     frozen = torch.rand(96).to(dtype)
@@ -177,6 +192,11 @@ def fusions(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], tuple[Ten
         "F.rms_norm": (lambda x, w: F.rms_norm(x, (128,), w), (randn(*rows), weight)),
         "add, RMSNorm": (lambda x, r, w: (rms(x + r) * w, x + r), (randn(*rows), randn(*rows), weight)),
         "add, RMSNorm, the sum unused": (lambda x, r, w: rms(x + r) * w, (randn(*rows), randn(*rows), weight)),
+        "gated MLP": (gated, (randn(*rows), randn(*rows), randn(64, 128))),
+        "gated MLP, gelu spelled out": (gelu, (randn(*rows), randn(*rows), randn(64, 128))),
+        "rotary, q and k": (rotated, (*qkv()[:2], *tables)),
+        "L2 norm": (lambda x: F.normalize(x.sin(), dim=-1), (randn(*rows),)),
+        "GroupNorm, SiLU": (lambda x, w: F.silu(F.group_norm(x, 4, w)).sin(), (randn(2, 64, 128), randn(64))),
         "LayerNorm": (lambda x, w, b: F.layer_norm(x, (128,), w, b), (randn(*rows), weight, randn(128))),
         "add, LayerNorm": (
             lambda x, r, w: (F.layer_norm(x + r, (128,), w), x + r),

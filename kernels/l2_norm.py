@@ -5,8 +5,8 @@
     sum      x / √(Σ x² + eps)        gated delta nets
     floor    x / √max(Σ x², eps)
 
-Bytes: x once in, y once out; FLOPs: 3 an element, so bandwidth is the limit. Computed in float32 (float64 for float64)
-and rounded once.
+Bytes: x once in, y once out; FLOPs: 3 an element, so bandwidth is the limit. F.normalize computes in x's dtype, and
+what training keeps of it is as narrow; where a model casts to float32 first, `compute` says so.
 """
 
 from __future__ import annotations
@@ -24,17 +24,26 @@ EPS_IN = ("max", "outside", "sum", "floor")
 
 
 @fused_op(
-    "l2_norm(Tensor x, int dim, Scalar eps, str eps_in, ScalarType? out_dtype=None) -> Tensor",
+    "l2_norm(Tensor x, int dim, Scalar eps, str eps_in, ScalarType? compute=None, ScalarType? out_dtype=None)"
+    " -> Tensor",
     sources=[_triton.__file__],
 )
-def l2_norm(x: Tensor, dim: int, eps: float, eps_in: str, out_dtype: torch.dtype | None = None) -> Tensor:
-    """`x` divided by its length over `dim`; `eps_in` is one of `EPS_IN`, the result of `out_dtype` or x's.
+def l2_norm(
+    x: Tensor,
+    dim: int,
+    eps: float,
+    eps_in: str,
+    compute: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`x` divided by its length over `dim`; `eps_in` is one of `EPS_IN`.
 
-    Raises ValueError for another `eps_in`.
+    Computed in `compute` (x's dtype, if none is given) and rounded to `out_dtype` if given. Raises ValueError for
+    another `eps_in`.
     """
     if eps_in not in EPS_IN:
         raise ValueError(f"eps_in is {eps_in!r}; there are {', '.join(map(repr, EPS_IN))}")
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x if compute is None else x.to(compute)
     if eps_in == "max":
         result = wide / torch.linalg.vector_norm(wide, 2, dim, True).clamp_min(eps)
     elif eps_in == "outside":
@@ -44,15 +53,24 @@ def l2_norm(x: Tensor, dim: int, eps: float, eps_in: str, out_dtype: torch.dtype
         result = wide * torch.rsqrt(wide.square().sum(dim, True) + eps)
     else:
         result = wide / torch.sqrt(wide.square().sum(dim, True).clamp_min(eps))
-    return result.to(x.dtype if out_dtype is None else out_dtype)
+    return result if out_dtype is None else result.to(out_dtype)
 
 
 @l2_norm.fake
-def _(x: Tensor, dim: int, eps: float, eps_in: str, out_dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty_like(x, dtype=out_dtype)
+def _(
+    x: Tensor,
+    dim: int,
+    eps: float,
+    eps_in: str,
+    compute: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return torch.empty_like(x, dtype=out_dtype or compute)
 
 
-def _triton_objection(target: Target, x: Tensor, dim: int, *_: object) -> str | None:
+def _triton_objection(target: Target, x: Tensor, dim: int, *rest: object) -> str | None:
+    if torch.float64 in rest:
+        return "the Triton kernel computes in float32"
     if dim not in (-1, x.dim() - 1):
         return "the Triton kernel normalises the last dimension"
     return _triton.op_by_op_only(target) or _triton.norm_objection(x)
@@ -87,8 +105,10 @@ def _l2_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @l2_norm.implementation("triton", opaque=True, when=_triton_objection)
-def _(x: Tensor, dim: int, eps: float, eps_in: str, out_dtype: torch.dtype | None) -> Tensor:
-    out = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+def _(
+    x: Tensor, dim: int, eps: float, eps_in: str, compute: torch.dtype | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    out = x.new_empty(x.shape, dtype=out_dtype or compute or x.dtype)
     if out.numel() == 0:
         return out
     columns = x.shape[-1]

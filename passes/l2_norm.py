@@ -16,7 +16,7 @@ from fxopt.graph.symbols import same_shape
 from fxopt.kernels.l2_norm import l2_norm
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
-from fxopt.match.pattern import OneOf, cast, upcast
+from fxopt.match.pattern import OneOf, at_least_float32, cast, upcast
 from fxopt.match.region import number
 from fxopt.match.spelling import origin
 from fxopt.rewrite.fusion import Example
@@ -63,8 +63,10 @@ class FuseL2Norm(PatternFusion):
     def rewrite(self, match: Match) -> Node:
         """One call of l2_norm."""
         place = {"clamp": "floor", "none": "sum"}.get(match.tags["eps"], match.tags["eps"])
-        out = val(match.outputs[0]).dtype
-        return match.call(l2_norm, match["x"], match.tags.get("dim", -1), match.get("eps", 0.0), place, out)
+        given, out = match.val("x").dtype, val(match.outputs[0]).dtype
+        compute = match.tags.get("compute", at_least_float32(given))
+        casts = (compute if compute != given else None, out if out != compute else None)
+        return match.call(l2_norm, match["x"], match.tags.get("dim", -1), match.get("eps", 0.0), place, *casts)
 
     def examples(self) -> Iterable[Example]:
         """F.normalize, CLIP, gated delta nets; and norms that are not Euclidean or not divided by."""
@@ -107,7 +109,7 @@ def _find_norm(node: Node) -> Match | Miss | None:
         return None
     if order not in (None, 2) or dims is None or len(dims) != 1 or not given.get("keepdim"):
         return Miss(f"not the Euclidean norm over one dimension, kept: order {order}, dim={dims}", node, 2)
-    if not same_shape(val(out).shape, val(x).shape):
+    if not same_shape(val(out).shape, val(x).shape) or given.get("dtype") is not None:
         return None
     nodes.add(out)
     wide = x if is_widening_cast(x) and divided is x else None
@@ -118,7 +120,7 @@ def _find_norm(node: Node) -> Match | Miss | None:
         nodes.add(out)
     bindings = {"x": x if wide is None else wide.args[0], "eps": eps}
     dim = dims[0] - val(x).dim() if dims[0] >= 0 else dims[0]
-    return Match((out,), frozenset(nodes), bindings, {"eps": place, "dim": dim})
+    return Match((out,), frozenset(nodes), bindings, {"eps": place, "dim": dim, "compute": val(divided).dtype})
 
 
 def _floor(node: Node, norm: Node) -> tuple[str, float] | None:

@@ -42,8 +42,8 @@ def test_extreme_values(triton_device, eps_in, value):
 @pytest.mark.parametrize("view", [lambda t: t[:, ::2], lambda t: t[..., 3:20], lambda t: t[..., ::3]])
 def test_strided_rows(triton_device, view):
     x = view(torch.randn(4, 6, 48, device=triton_device))
-    for out_dtype in (None, F16):
-        args = (x, 2, 1e-6, "sum", out_dtype)
+    for casts in ((None, None), (None, F16), (F32, BF16)):
+        args = (x, 2, 1e-6, "sum", *casts)
         torch.testing.assert_close(l2_norm.run("triton", *args), l2_norm.reference(*args))
 
 
