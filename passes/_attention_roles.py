@@ -71,23 +71,27 @@ def read_softmax(softmax: Node) -> Iterator[Roles | Miss]:
     products, made = _score_products(end)
     if not made or not takes_weights(softmax):
         return
-    if given["dim"] % rank != rank - 1:
-        yield Miss(f"the softmax is over dimension {given['dim'] % rank} of {rank}, not the last", softmax, 2)
+    dim = given["dim"] % rank
+    other = f"the softmax is over dimension {dim} of {rank}, not the last"
+    if dim < rank - 2:
+        yield Miss(other, softmax, 2)
         return
-    for scores in products:
-        yield _read(softmax, end, scores)
-    if not products:
-        yield _read_given(softmax, end)
+    for found in [_read(softmax, end, scores, dim - rank) for scores in products] or [_read_given(softmax, end, dim)]:
+        if isinstance(found, Miss) and dim != rank - 1:
+            found = replace(found, reason=f"{other}: {found.reason}")
+        yield found
 
 
-def _read(softmax: Node, end: Node, scores: Node) -> Roles | Miss:
-    """The roles if `scores` is the product of q and k."""
+def _read(softmax: Node, end: Node, scores: Node, dim: int) -> Roles | Miss:
+    """The roles if `scores` is the product of q and k; of k and q if the softmax is over the last dimension but one."""
+    turned = dim == -2
     steps = carried(scores, end) if scores is not end else []
     if isinstance(steps, Miss):
         return replace(steps, progress=2)
     lhs, rhs, start = _factors(scores)
     frame, sizes = _frame(scores, lhs, rhs, steps)
-    layout = reshape(identity(sizes), val(scores).shape)
+    sizes, laid_out = _turned(sizes) if turned else (sizes, identity(sizes))
+    layout = reshape(laid_out, val(scores).shape)
     if layout is None:
         return Miss("the dimensions of the scores can't be told apart", scores, 2)
     start = [replace(i, layout=layout) if isinstance(i, Add) else i for i in start]
@@ -98,7 +102,7 @@ def _read(softmax: Node, end: Node, scores: Node) -> Roles | Miss:
     progress = 2 + len(steps)
     if val(softmax).dtype != val(end).dtype:  # softmax.int(x, dim, dtype)
         program.append(Cast(val(softmax).dtype))
-    if not is_keys(layout[-1], layout):
+    if not is_keys(layout[dim], layout):
         return Miss("the softmax is not over the keys: the scores were laid out anew before it", softmax, progress)
     weights = _weights(softmax, layout, program, sizes)
     if isinstance(weights, Miss):
@@ -109,9 +113,8 @@ def _read(softmax: Node, end: Node, scores: Node) -> Roles | Miss:
         return Miss("the scores are computed in float64, wider than the fused op would", scores, progress)
     region = {scores, softmax, output, *weights.region, *(n for s in steps for n in (*s.inner, s.node))}
     frames = (frame, frame, Frame(lead, frame.batch, frame.heads))
-    operands = _operands(
-        lhs, rhs, weights.values, frames, region, transposed=True, casts=val(output).dtype, bare=_is_read_again(weights)
-    )
+    ends, bare = (lhs, rhs, weights.values), _is_read_again(weights)
+    operands = _operands(*ends, frames, region, transposed=True, casts=val(output).dtype, bare=bare, turned=turned)
     if isinstance(operands, Miss):
         return replace(operands, progress=progress)
     q, k, v = operands
@@ -121,12 +124,20 @@ def _read(softmax: Node, end: Node, scores: Node) -> Roles | Miss:
     return Roles(q, k, v, tuple(program), sizes, output, covered, False, empty_rows, weights, width)
 
 
-def _read_given(softmax: Node, end: Node) -> Roles | Miss:
+def _turned(sizes: tuple[Dim, ...]) -> tuple[tuple[Dim, Dim, Dim, Dim], Layout]:
+    """Sizes and layout of scores [batch, heads, keys, rows], if `sizes` are those of [batch, heads, rows, keys]."""
+    batch, heads, keys, rows = sizes
+    lead = identity((batch, heads, rows, keys))
+    return (batch, heads, rows, keys), (*lead[:2], lead[3], lead[2])
+
+
+def _read_given(softmax: Node, end: Node, dim: int) -> Roles | Miss:
     """The roles where no product makes the scores: the scores are what is added to none."""
     shape = val(end).shape
     given = _split(tuple(shape[:-2]))
     sizes = (given.batch, given.heads, shape[-2], shape[-1])
-    layout = reshape(identity(sizes), shape)
+    sizes, laid_out = (sizes, identity(sizes)) if dim == len(shape) - 1 else _turned(sizes)
+    layout = reshape(laid_out, shape)
     if layout is None:
         return Miss("the dimensions of the scores can't be told apart", end, 2)
     weights = _weights(softmax, layout, (), sizes)
@@ -289,17 +300,21 @@ def _operands(
     transposed: bool,
     casts: torch.dtype | None,
     bare: bool = False,
+    turned: bool = False,
 ) -> tuple[Operand, Operand, Operand] | Miss:
     """q, k and v placed; `casts` is the result's dtype if q and k may be taken before a cast to a wider dtype.
 
-    `bare`: v is taken as the product reads it.
+    `bare`: v is taken as the product reads it. `turned`: the left operand is k, the right one q.
     """
+    if turned:
+        lhs, rhs = rhs, lhs
     scaled = transposed  # SDPA's own operands are taken as they are
+    k_turned = transposed and not turned
 
     def placed(grouped: bool, widened: bool) -> tuple[Operand | None, Operand | None, Operand | None]:
         return (
-            place(lhs, frames[0], region, scaled=scaled, casts=widened),
-            place(rhs, frames[1], region, transposed=transposed, grouped=grouped, scaled=scaled, casts=widened),
+            place(lhs, frames[0], region, transposed=turned, scaled=scaled, casts=widened),
+            place(rhs, frames[1], region, transposed=k_turned, grouped=grouped, scaled=scaled, casts=widened),
             place(values, frames[2], region, grouped=grouped, bare=bare),
         )
 

@@ -1,4 +1,4 @@
-"""a @ pᵀ  ->  (p @ aᵀ)ᵀ   where p is a softmax
+"""a @ pᵀ  ->  (p @ aᵀ)ᵀ   where p is a softmax, and a @ p -> (pᵀ @ aᵀ)ᵀ where p is one over its rows
 
 Some models keep channels before positions and multiply values by the transposed attention weights from the left. Turned
 round, the weights are the left operand, where fusions look for them. Refused when the right operand isn't the transpose
@@ -36,6 +36,8 @@ class RaiseTransposedProduct(Fusion):
         if not isinstance(turned, Node) or not is_tensor(turned) or val(turned).dim() < 2:
             return None
         rank = val(turned).dim()
+        if isinstance(values, Node) and _is_softmax(turned, rank - 2) and val(values).dim() > 1:
+            return Match((node,), frozenset({node}), {"values": values, "weights": turned}, {"turn": True})
         if permutation(turned) != (*range(rank - 2), rank - 1, rank - 2):
             return None
         weights = turned.args[0]
@@ -48,7 +50,10 @@ class RaiseTransposedProduct(Fusion):
     def rewrite(self, match: Match) -> Node:
         """Multiply from the other side and turn the product."""
         values = match.call(aten.transpose.int, match["values"], -1, -2)
-        product = match.call(match.outputs[0].target, match["weights"], values)  # type: ignore[arg-type]
+        weights = match["weights"]
+        if match.tags.get("turn"):
+            weights = match.call(aten.transpose.int, weights, -1, -2)
+        product = match.call(match.outputs[0].target, weights, values)  # type: ignore[arg-type]
         return match.call(aten.transpose.int, product, -1, -2)
 
     def examples(self) -> list[Example]:
@@ -60,10 +65,15 @@ class RaiseTransposedProduct(Fusion):
         def channels_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return v @ (q.mT @ k * 0.5).softmax(-1).transpose(-2, -1)
 
-        return [Example(channels_first, inputs, name="channels first")]
+        def rows_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return v @ (k.mT @ q * 0.5).softmax(-2)
+
+        return [Example(channels_first, inputs, name="channels first"), Example(rows_first, inputs, name="rows first")]
 
 
-def _is_softmax(node: object) -> bool:
+def _is_softmax(node: object, dim: int | None = None) -> bool:
     while isinstance(node, Node) and (is_cast(node) or is_copy(node)):
         node = node.args[0]
-    return isinstance(node, Node) and node.target in _SOFTMAXES
+    if not isinstance(node, Node) or node.target not in _SOFTMAXES:
+        return False
+    return dim is None or node.args[1] % val(node).dim() == dim

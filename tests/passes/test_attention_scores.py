@@ -173,7 +173,18 @@ def weights_mixed_after(q, k, v, m):
     return F.linear(torch.softmax(q @ k.mT, -1).permute(0, 2, 3, 1), m[0, 0, :4, :4]).permute(0, 3, 1, 2) @ v
 
 
+def softmax_over_the_rows(q, k, v, m):
+    """k comes first, and the weights are turned round after the softmax."""
+    return torch.softmax(k @ q.mT * 0.3 + m.mT, -2).mT @ v
+
+
+def softmax_of_keys_alone(q, k, v, m):
+    """CoaT, linear attention: a softmax over positions, its result turned and multiplied by v."""
+    return torch.softmax(F.linear(k, q[0, 0]), -2).mT @ v
+
+
 FORMS = [
+    softmax_over_the_rows, softmax_of_keys_alone,
     soft_cap, soft_cap_scaled, soft_cap_filled, sink, sink_first, sinks_of_several_columns, sink_and_empty_rows,
     sink_beside_causal, scale_per_head, scale_per_row, scale_per_key, divided_per_head, multiplied,
     mask_of_zeros_and_ones, multiplied_and_capped, head_mask, gated_mixture, bias_on_the_weights, difference_of_weights,
@@ -270,7 +281,8 @@ def test_a_symbolic_soft_cap(fuser):
     assert fuser.sites == 1, fuser.reasons
 
 
-TRAINED = [soft_cap, soft_cap_scaled, soft_cap_filled, sink, sink_first, sinks_of_several_columns, sink_beside_causal,
+TRAINED = [softmax_over_the_rows, softmax_of_keys_alone,
+           soft_cap, soft_cap_scaled, soft_cap_filled, sink, sink_first, sinks_of_several_columns, sink_beside_causal,
            scale_per_head, scale_per_row, scale_per_key, divided_per_head, multiplied, mask_of_zeros_and_ones,
            multiplied_and_capped, head_mask, gated_mixture, bias_on_the_weights, difference_of_weights,
            scores_from_a_linear_layer, two_products_as_large, talking_heads]  # fmt: skip

@@ -31,7 +31,7 @@ INPUTS = [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 6), torch.randn(2, 3, 8,
 
 
 @pytest.mark.parametrize(
-    "program, sites", [(channels_first, 1), (scores_turned_instead, 0), (used_twice, 0), (no_softmax, 0)]
+    "program, sites", [(channels_first, 1), (scores_turned_instead, 1), (used_twice, 0), (no_softmax, 0)]
 )
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_program(program, sites, dynamic):
