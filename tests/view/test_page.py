@@ -104,3 +104,25 @@ def test_hostile_strings_stay_text(make, opened):
 @pytest.mark.parametrize("graphs", [[], [GraphReport("g", reason="vmap")]], ids=["empty", "passed through"])
 def test_pages_with_nothing_to_draw_open(graphs, opened):
     assert opened(Report(graphs))["errors"] == []
+
+
+def test_undone_missed_and_passed_through_can_be_selected(report, opened):
+    shown = opened(report)  # recorded without drawings
+    assert shown["errors"] == []
+    assert shown["groups"] == [
+        "attention2",
+        "Undone1",
+        "Near misses3",
+        "Passed through1",
+        "Applied on the way1",
+    ]
+
+
+def test_a_near_miss_is_drawn_where_it_ended(without_inductor, opened):
+    with torch.no_grad():
+        rec = fxopt.view(lambda x: x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6), torch.randn(4, 8))
+    (miss,) = rec.misses
+    shown = opened(rec)
+    assert shown["errors"] == []
+    assert miss.reason in shown["details"]
+    assert miss.node in shown["lit"]

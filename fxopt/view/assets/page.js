@@ -52,7 +52,7 @@
   for (const graph of graphs) {
     graph.steps.forEach((step, i) => {
       const part = graph.parts.find((p) => p.steps[0] <= i && i < p.steps[1]);
-      const site = graph.sites.find((s) => s.node && step.made.includes(s.node));
+      const site = step.applied && graph.sites.find((s) => (s.node ? step.made.includes(s.node) : s.fusion === step.fusion && s.module === step.module));
       const label = where(graph, step.module || short(step.sources[0]) || step.made.join(" "));
       const item = { kind: "step", graph, part, step, site, label, saving: part && part.savings[i] };
       if (site) (fused.get(step.fusion) || fused.set(step.fusion, []).get(step.fusion)).push(item);
@@ -69,7 +69,7 @@
   group("Undone", undone);
   group("Near misses", misses);
   group("Passed through", passed);
-  group("Raised on the way", raised);
+  group("Applied on the way", raised);
 
   // -- layout ----------------------------------------------------------------------------------------------------
 
