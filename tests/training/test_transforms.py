@@ -121,3 +121,23 @@ def test_an_ensemble_is_trained(net, recorder):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
     assert recorder.counts()["layer_norm"] >= 1
     assert not recorder.graphs[0].reason
+
+
+@pytest.mark.slow
+def test_with_inductor(monkeypatch, net, recorder):
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    block, x = net().blocks[0], torch.randn(3, 6, 16)
+
+    def program(x):
+        each = torch.vmap(lambda row: block.between(row).exp())(x)
+        slope = torch.func.grad(lambda y: block.before(y).pow(3).sum())(x)
+        return block(x + slope).square().mean() + each.mean()
+
+    results = []
+    for run in (program, compiled(program)):
+        block.zero_grad()
+        run(x).backward()
+        results.append({name: p.grad.clone() for name, p in block.named_parameters()})
+    check(*results)
+    assert recorder.counts()["attention"] == 1
