@@ -98,11 +98,17 @@ def _(
 
 
 #: (int8, int4) rows up to which the Triton kernels are used. On an H200 (docs/measurements.md) both beat what Inductor
-#: makes of the spelled-out form at 16 rows, and lose to it at 256; between them 32 is a guess, not a measurement.
+#: makes of the spelled-out form at 16 rows, and lose to it at 64; between them 32 is a guess, not a measurement.
 _MOST_ROWS = (32, 32)
 
 
-def _kernel_fits(most_rows: int, target: Target, x: Tensor, packed: Tensor) -> str | None:
+def too_many_rows(x: Tensor, *, bits: int) -> str | None:
+    """Why on a GPU nothing here beats a matmul of the dequantised weight, for x [..., K] of so many rows; or None."""
+    most, rows = _MOST_ROWS[bits == 4], hint(x.numel() // x.shape[-1])
+    return f"the kernel pays up to {most} rows; there are {rows}" if rows > most else None
+
+
+def _kernel_fits(bits: int, target: Target, x: Tensor, packed: Tensor) -> str | None:
     """Why the Triton kernels don't serve these arguments, or None."""
     if (objection := _triton.needs_gpu(target)) is not None:
         return objection
@@ -110,14 +116,11 @@ def _kernel_fits(most_rows: int, target: Target, x: Tensor, packed: Tensor) -> s
         return f"the kernel computes in float32; x is {x.dtype}"
     if not all(is_static(size) for size in packed.shape):
         return "the kernel is specialised on the weight's shape, which is dynamic here"
-    rows = hint(x.numel() // x.shape[-1])
-    if rows > most_rows:
-        return f"the kernel pays up to {most_rows} rows; there are {rows}"
-    return None
+    return too_many_rows(x, bits=bits)
 
 
 @int8_matmul.implementation(
-    "triton", opaque=True, when=lambda target, x, weight, *_: _kernel_fits(_MOST_ROWS[0], target, x, weight)
+    "triton", opaque=True, when=lambda target, x, weight, *_: _kernel_fits(8, target, x, weight)
 )
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     n, k = weight.shape
@@ -130,7 +133,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
 
 
 @int4_matmul.implementation(
-    "triton", opaque=True, when=lambda target, x, packed, *_: _kernel_fits(_MOST_ROWS[1], target, x, packed)
+    "triton", opaque=True, when=lambda target, x, packed, *_: _kernel_fits(4, target, x, packed)
 )
 def _(
     x: Tensor,

@@ -19,7 +19,7 @@ from fxopt.graph.query import is_tensor, users, val
 from fxopt.graph.scope import Scope
 from fxopt.graph.symbols import is_static
 from fxopt.kernels import _int4
-from fxopt.kernels.dequant_matmul import int4_matmul, int8_matmul
+from fxopt.kernels.dequant_matmul import int4_matmul, int8_matmul, too_many_rows
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.passes._dequant_chain import INTEGERS, Chain, Unsupported, constant
@@ -35,7 +35,8 @@ class FuseDequantMatmul(Fusion):
     """x @ dequantise(q, scale)^T + bias -> fxopt::int8_matmul or fxopt::int4_matmul
 
     Refused when the layout of the packed integers is not known, a scale varies over inputs in another way than by
-    groups of consecutive ones, or the dequantised weight is used elsewhere too.
+    groups of consecutive ones, or the dequantised weight is used elsewhere too; on a GPU also for more rows of x than
+    the kernel pays for: the user's own form costs Inductor one pass over the weight before a plain matmul.
     """
 
     anchors = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default)
@@ -51,6 +52,12 @@ class FuseDequantMatmul(Fusion):
             return _match(product, root)
         except Unsupported as error:
             return Miss(error.reason, error.node, 1)
+
+    def check(self, match: Match) -> Miss | None:
+        """Refused where the op would only be spelled out again."""
+        x, bits = match.val("x"), 8 if match.tags["layout"] == "int8" else 4
+        reason = too_many_rows(x, bits=bits) if x.device.type == "cuda" else None
+        return Miss(f"{reason}, and spelled out it is as fast", match.outputs[0], len(match.nodes)) if reason else None
 
     def rewrite(self, match: Match) -> Node:
         x, bias, tags = match["x"], match.get("bias"), match.tags

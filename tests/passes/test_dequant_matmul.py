@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.graph.canonical import canonicalise
@@ -108,6 +109,24 @@ def _backend(module, example_inputs):
     assert found == 0 or found == 1
     normal.recompile()
     return normal
+
+
+@pytest.mark.parametrize(("device", "rows", "fused"), [("cpu", 64, True), ("cuda", 32, True), ("cuda", 33, False)])
+def test_on_a_gpu_many_rows_are_left_alone(device, rows, fused):
+    inputs = torch.randn(rows, 64), torch.ones(48, 64, dtype=torch.int8), torch.ones(48)
+    with torch.no_grad():
+        module = make_fx(
+            lambda x, w, s: F.linear(x, w.to(x.dtype) * s[:, None]), tracing_mode="fake", pre_dispatch=True
+        )(*inputs)
+    with FakeTensorMode():
+        for node in module.graph.nodes:
+            if "val" in node.meta:
+                here = node.meta["val"]
+                node.meta["val"] = torch.empty(here.shape, dtype=here.dtype, device=device)
+    canonicalise(module)
+    outcome = run_fusions(module, [FuseDequantMatmul()], Verifier("off"))
+    assert outcome.fused == fused
+    assert fused or "pays up to 32 rows; there are 33" in outcome.misses[0].reason
 
 
 def test_layers_that_are_alike_are_proven_once(monkeypatch):
