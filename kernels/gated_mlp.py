@@ -87,7 +87,8 @@ def _triton_objection(target: Target, gate: Tensor, up: Tensor, *rest: object) -
 
 
 @jit
-def _activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation of that name, of float32 numbers."""
     if ACTIVATION == "silu":
         active = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -117,7 +118,7 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     live = (row < rows) & (column < columns)
     g = tl.load(gate + (row // g_inner) * g_outer + (row % g_inner) * g_step + column, mask=live, other=0.0)
     u = tl.load(up + (row // u_inner) * u_outer + (row % u_inner) * u_step + column, mask=live, other=0.0)
-    active = _activate(g.to(tl.float32), ACTIVATION)
+    active = activate(g.to(tl.float32), ACTIVATION)
     if ROUND_TO is not None:
         active = active.to(ROUND_TO).to(tl.float32)
     product = active * u.to(tl.float32)

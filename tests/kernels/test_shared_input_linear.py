@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxopt.kernels.shared_input_linear import linear_pair, linear_triple
+from fxopt.kernels.shared_input_linear import gated_linear, linear_pair, linear_triple
 from fxopt.ops import Target
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -31,6 +31,17 @@ def test_every_shape(assert_as_good_as, triton_device, widths, rows, dtype):
             assert_as_good_as(actual, eager, truth, ulps=4)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (70,), (0,)], ids=str)
+@pytest.mark.parametrize("activation, biased", [("silu", False), ("gelu_tanh", True)])
+def test_gated(assert_as_good_as, triton_device, activation, biased, rows, dtype):
+    for k, n in ((33, 40), (576, 7)):
+        _, (x, gate, up, b, _, most) = case(rows, k, (n, n), dtype, triton_device)
+        args = (x, gate / 8, up / 8, activation, b if biased else None, None, most)
+        exact = gated_linear.reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+        assert_as_good_as(gated_linear.run("triton", *args), gated_linear.reference(*args), exact, ulps=4)
+
+
 @pytest.mark.parametrize("rows", [(1,), (4,)])
 def test_strides(triton_device, rows):
     op, (x, w0, w1, b0, _, most) = case(rows, 48, (16, 24), F32, triton_device)
@@ -50,6 +61,12 @@ def test_zero_sizes(triton_device, rows, k):
 def test_opcheck(widths):
     op, args = case((2, 3), 8, widths, F32, "cpu")
     torch.library.opcheck(op.overload, args)
+
+
+def test_opcheck_and_gradcheck_of_the_gated_form():
+    x, gate, up, b = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((2, 3), (4, 3), (4, 3), (4,)))
+    torch.library.opcheck(gated_linear.overload, (x, gate, up, "silu", b, None, 16))
+    assert torch.autograd.gradcheck(lambda x, g, u, b: gated_linear(x, g, u, "silu", b), (x, gate, up, b))
 
 
 @pytest.mark.parametrize("widths", [(4, 6), (4, 6, 2)])
@@ -94,3 +111,6 @@ def test_on_a_gpu(assert_as_good_as):
         results = zip(op.run("triton", *args), op.reference(*args), exact(op, args), strict=True)
         for actual, eager, truth in results:
             assert_as_good_as(actual, eager, truth)
+        x, gate, up = args[0], args[1] / 64, args[1].flip(0) / 64
+        eager, truth = (gated_linear.reference(*(t.to(d) for t in (x, gate, up)), "silu") for d in (BF16, F64))
+        assert_as_good_as(gated_linear.run("triton", x, gate, up, "silu", most_rows=64), eager, truth)

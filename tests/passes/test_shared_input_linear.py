@@ -21,7 +21,7 @@ def run():
         fxopt.register(FuseSharedInputLinear(most_rows=most_rows, devices=devices))
         torch._dynamo.reset()
         with fxopt.record() as rec, torch.no_grad():
-            options = {"fusions": ["shared_input_linear"]}
+            options = {"fusions": ["gated_mlp", "shared_input_linear"]}
             compiled = torch.compile(program, backend="fxopt", dynamic=dynamic, fullgraph=True, options=options)
             torch.testing.assert_close(compiled(*inputs), program(*inputs))
         assert {s.verdict.status for s in rec.sites} <= {"equal"}
@@ -48,6 +48,33 @@ class Heads(nn.Module):
 def test_how_many_are_taken_together(run, count, ops, bias):
     rec = run(Heads(count, bias), torch.randn(1, 3, 16))
     assert sorted(site.op for site in rec.sites) == ops
+
+
+class MLP(nn.Module):
+    def __init__(self, bias, router):
+        super().__init__()
+        self.gate, self.up = nn.Linear(16, 8, bias=bias), nn.Linear(16, 8)
+        self.router = nn.Linear(16, 2) if router else None
+
+    def forward(self, x):
+        routed = self.router(x).sum(-1, keepdim=True) if self.router else 1.0
+        return F.silu(self.gate(x)) * self.up(x) * routed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("router", [False, True])
+def test_gate_and_up_take_in_the_activation(run, bias, router):
+    rec = run(MLP(bias, router), torch.randn(1, 3, 16))
+    assert [site.op for site in rec.sites] == ["gated_linear"]
+
+
+def test_a_gate_that_is_used_elsewhere_stays_in_memory(run):
+    def program(x, v, w):
+        gate = F.linear(x, v)
+        return F.silu(gate) * F.linear(x, w), gate
+
+    rec = run(program, torch.randn(1, 16), torch.randn(8, 16), torch.randn(8, 16))
+    assert sorted(site.op for site in rec.sites) == ["gated_activation", "linear_pair"]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
