@@ -159,7 +159,8 @@ def bodies(module: GraphModule) -> Iterator[tuple[Node, str, GraphModule, list[A
                 given = [val(operand) for operand in node.args[1:]]
                 inputs = [_leaf(p, v) for p, v in zip(placeholders, given, strict=True)]
             else:  # which is given slices, or what an earlier step made
-                inputs = [_like(_example(p), val(node)) for p in placeholders]
+                mode = detect_fake_mode(val(node))
+                inputs = [fake_like(_example(p), mode) for p in placeholders]
             yield node, attribute, graph, inputs
 
 
@@ -172,12 +173,9 @@ def _leaf(placeholder: Node, value: Any) -> Any:
     return value.detach().requires_grad_(_example(placeholder).requires_grad) if isinstance(value, Tensor) else value
 
 
-def _like(example: Any, results: Any) -> Any:
-    """A fake like `example`, of the mode that the call's results are of."""
-    if not isinstance(example, Tensor):
-        return example
-    mode = detect_fake_mode(results)
-    if mode is None:
+def fake_like(example: Any, mode: FakeTensorMode | None) -> Any:
+    """A fake of `mode` like the tensor `example`, which Dynamo may have of a mode of its own; itself if it is none."""
+    if not isinstance(example, Tensor) or mode is None:
         return example
     with mode:
         made = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.graph import autocast
+from fxopt.graph.higher_order import fake_like
 from fxopt.graph.levels import call_name, gradient_modes, regions
 from fxopt.graph.retrace import RetraceError, burned_in, fake_inputs, quiet_unbacked, unwind_functorch
 
@@ -43,7 +45,7 @@ def inline_transforms(module: GraphModule, example_inputs: Sequence[Any]) -> Gra
     mode, fakes = fake_inputs(module, example_inputs)
     try:
         with mode, quiet_unbacked(mode), autocast.under(autocast.state()), _state_kept():
-            values = _Values(module, found)
+            values = _Values(module, found, mode)
             values.collect([f.detach() if isinstance(f, Tensor) else f for f in fakes])
             traced = [_trace(module, region, values, modes[region[0]]) for region in found]
     except RetraceError:
@@ -112,10 +114,14 @@ def _borders(region: Sequence[Node]) -> tuple[list[Node], list[Node]]:
 
 
 class _Values(autocast.Obeying):
-    """Runs the graph on fakes up to its last region, for the values that the regions use and their autocast states."""
+    """Runs the graph on fakes up to its last region, for the values that the regions use and their autocast states.
 
-    def __init__(self, module: GraphModule, found: Sequence[Sequence[Node]]) -> None:
+    Not higher-order ops, which decide by values that nobody has here: Dynamo says what they return.
+    """
+
+    def __init__(self, module: GraphModule, found: Sequence[Sequence[Node]], mode: FakeTensorMode) -> None:
         super().__init__(module)
+        self.mode = mode
         self.nodes = list(module.graph.nodes)
         self.wanted = {node for region in found for node in _borders(region)[0]}
         self.first, self.last = {region[0] for region in found}, found[-1][-1]
@@ -127,11 +133,18 @@ class _Values(autocast.Obeying):
         for node in self.nodes:
             if node in self.first:
                 self.states[node] = autocast.state()
-            self.env[node] = next(inputs) if node.op == "placeholder" else self.run_node(node)
+            if isinstance(node.target, HigherOrderOperator) and "example_value" in node.meta:
+                self.env[node] = tree_map(self._plain_fake, node.meta["example_value"])
+            else:
+                self.env[node] = next(inputs) if node.op == "placeholder" else self.run_node(node)
             if node in self.wanted:
                 self.found[node] = self.env[node]
             if node is self.last:
                 break
+
+    def _plain_fake(self, example: Any) -> Any:
+        made = fake_like(example, self.mode)
+        return made.detach() if isinstance(made, Tensor) else made
 
 
 def _trace(module: GraphModule, region: Sequence[Node], values: _Values, gradients: bool) -> GraphModule:

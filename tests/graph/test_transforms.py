@@ -208,3 +208,14 @@ def test_a_failed_trace_leaves_nothing_behind(captured, monkeypatch):
     assert torch._C._functorch.peek_interpreter_stack() is None
     assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
     assert torch.is_grad_enabled()
+
+
+def test_behind_a_higher_order_op(captured):
+    def program(x):
+        y = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+        return vmap(lambda row: row.softmax(0) * row.sum())(y)
+
+    for differentiated in (False, True):
+        eager, ours = outcome(captured, program, x, grad=differentiated)
+        same(eager, ours)
+    assert not captured.reasons
