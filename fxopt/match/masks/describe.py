@@ -23,9 +23,10 @@ def describe(program: MaskProgram) -> str:
     """The program in a line of words."""
     words = [*_bounds(program)]
     words += [f"chunks of {chunk.size}" for chunk in program.chunks]
-    words += [f"segments by {_names(segment.condition)}" for segment in program.segments]
+    words += [f"segments by {_names(s.condition) or show(s.rows)}" for s in program.segments]
     if program.key_padding is not TRUE:
-        words.append(f"keys padded ({_names(program.key_padding)})")
+        names = _names(program.key_padding)
+        words.append(f"keys padded ({names})" if names else f"keys where {show(program.key_padding)}")
     if program.residual is FALSE:
         words.append("no key is live")
     elif program.residual is not TRUE:
@@ -44,8 +45,8 @@ def _bounds(program: MaskProgram) -> list[str]:
     row, key = program.coordinates[-2], program.coordinates[-1].atom
     chunks = [chunk.condition for chunk in program.chunks]
     own = [part for part in conjuncts(program.live) if part not in chunks]
-    found = Limits() if key is None else limits(all_of(own), key)
-    lower, upper = found.lower, found.upper
+    found = Limits() if key is None or not chunks else limits(all_of(own), key)
+    lower, upper = (found.lower, found.upper) if chunks else (program.lower, program.upper)
     words: list[str] = []
     ahead = None if upper is None else upper - row
     behind = None if lower is None or row.is_number else row - lower
@@ -78,8 +79,7 @@ def _upper(upper: Form, ahead: Form, row: Form) -> str:
 
 def _names(condition: Condition) -> str:
     """The names of the tensors that a condition is about."""
-    found = dict.fromkeys(_name(read) for read in elements(atoms(condition)))
-    return ", ".join(found) or show(condition)
+    return ", ".join(dict.fromkeys(_name(read) for read in elements(atoms(condition))))
 
 
 def _name(read: Read) -> str:
@@ -123,9 +123,16 @@ def _comparison(form: Form, sign: str) -> str:
 
 
 def _form(form: Form) -> str:
-    terms = sorted(form.terms, key=lambda term: term[1] < 0)
-    text = "".join(f"{' + ' if k > 0 else ' - '}{f'{abs(k)}·' if abs(k) != 1 else ''}{_atom(a)}" for a, k in terms)
-    if form.constant or not terms:
+    alone = form.atom is not None
+    text = ""
+    for atom, k in sorted(form.terms, key=lambda term: term[1] < 0 and not isinstance(term[0], Max)):
+        name = _atom(atom)
+        if isinstance(atom, Max) and k < 0:  # -max(a, b) = min(-a, -b)
+            name, k = f"min({', '.join(_form(-member) for member in atom.members)})", -k
+        elif isinstance(atom, Quotient) and not alone:
+            name = f"({name})"
+        text += f"{' + ' if k > 0 else ' - '}{f'{abs(k)}·' if abs(k) != 1 else ''}{name}"
+    if form.constant or not form.terms:
         text += f" {'+' if form.constant >= 0 else '-'} {abs(form.constant)}"
     text = text.strip()
     return text[2:] if text.startswith("+ ") else "-" + text[2:] if text.startswith("- ") else text

@@ -37,6 +37,8 @@ FALLBACKS: list[tuple[Callable[[Node], bool], Handler]] = []
 
 #: nodes and indices followed for one mask before the rest is read as it is
 BUDGET = 2000
+#: ops above an element within which two nodes are compared for computing the same
+MAX_TWIN_DEPTH = 6
 #: ops followed on the way from the mask to an input
 MAX_DEPTH = 120
 
@@ -65,6 +67,8 @@ class Lifter:
         self._sizes: dict[Any, Form] = {}
         self._alone: dict[Node, tuple[bool, ...]] = {}  # the dimensions of one element
         self._same: dict[tuple[Form, Form], bool] = {}
+        self._firsts: dict[Node, Node] = {}
+        self._twins: dict[Any, Node] = {}
         self._depth = 0
         self._followed = 0
         self._homes: dict[Node, frozenset[int]] = {}
@@ -90,7 +94,32 @@ class Lifter:
         dtype = val(node).dtype
         if dtype.is_complex:
             raise Opaque(f"{node.name} is complex")
-        return of_atom(Read.of(node, index, self.epoch(node, reader)))
+        return of_atom(Read.of(self._first(node), index, self.epoch(node, reader)))
+
+    def _first(self, node: Node, depth: int = 0) -> Node:
+        """The first node met that computes just what `node` does: `x.cumsum(1)` written twice is one tensor."""
+        found = self._firsts.get(node)
+        if found is None:
+            found = node
+            parts = (node, *node.all_input_nodes)
+            plain = node.op == "call_function" and not is_random(node) and not is_barrier(node)
+            if plain and depth < MAX_TWIN_DEPTH and not any(self.is_written(part) for part in parts):
+                try:
+                    given = self._key((node.args, node.kwargs), depth + 1)
+                    found = self._twins.setdefault((node.target, given), node)
+                except TypeError:  # an argument that has no hash
+                    pass
+            self._firsts[node] = found
+        return found
+
+    def _key(self, argument: Any, depth: int) -> Any:
+        if isinstance(argument, Node):
+            return self._first(argument, depth)
+        if isinstance(argument, (list, tuple)):
+            return (list, *(self._key(a, depth) for a in argument))
+        if isinstance(argument, dict):
+            return (dict, *((k, self._key(v, depth)) for k, v in sorted(argument.items())))
+        return type(argument), argument
 
     def form(self, node: Any, index: Index, reader: Node) -> Form:
         """The same as a linear form. Raises Opaque if it is none."""
@@ -154,13 +183,22 @@ class Lifter:
 
     # writes
 
-    def epoch(self, node: Node, reader: Node | None) -> int:
-        """The number of writes to the memory of `node` before `reader` reads it."""
+    def is_written(self, node: Node) -> bool:
+        """Whether anything in the graph writes to the memory of `node`."""
+        return bool(self._home(node))
+
+    def _home(self, node: Node) -> frozenset[int]:
+        """The storages of `node` that are written to."""
         if not self._written:
-            return 0
+            return frozenset()
         home = self._homes.get(node)
         if home is None:
             home = self._homes[node] = storages(node) & self._written
+        return home
+
+    def epoch(self, node: Node, reader: Node | None) -> int:
+        """The number of writes to the memory of `node` before `reader` reads it."""
+        home = self._home(node)
         if not home:
             return 0
         return sum(1 for write, written in self.scope.writes if written & home and (reader is None or write < reader))

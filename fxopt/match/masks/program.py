@@ -239,8 +239,9 @@ def _program(
             used = condition_atoms(part)
             (padding if key in used and row not in used else residual).append(part)
         bounds.append(found)
-    lower = [b.lower for b in bounds if b.lower is not None]
-    upper = [b.upper for b in bounds if b.upper is not None]
+    # What no key is beyond is no limit.
+    lower = [b.lower for b in bounds if b.lower is not None and b.lower.most > 0]
+    upper = [b.upper for b in bounds if b.upper is not None and (b.upper - keys + 1).least < 0]
     empty: EmptyRows = "never"
     if not rows_are_live(live, coordinates, keys, [*lower, *upper]):
         infinite = [value for value in hard if value == -math.inf]

@@ -74,14 +74,12 @@ def read_mask(
         index = _index(lifter, value.shape, moves, sizes, coordinates)
         lifted = lifter.value(node, index, at)
         fresh = lifter.refreshed(lifted, at, elements(atoms(lifted)))
+        if fresh is not None:
+            return _program(lifter, node, fresh, coordinates, lifter.size(sizes[-1]), keep, hard)
     except Opaque as reason:
         return Miss(f"the mask {node.name} can't be read: {reason}", node)
-    if fresh is None:
-        old = lifter.stale(elements(atoms(lifted)), at)[0]
-        return Miss(
-            f"{old.node.name}, which the mask {node.name} is made from, is written to before it is used", old.node
-        )
-    return _program(lifter, node, fresh, coordinates, lifter.size(sizes[-1]), keep, hard)
+    old = lifter.stale(elements(atoms(lifted)), at)[0].node
+    return Miss(f"{old.name}, which the mask {node.name} is made from, is written to before it is used", old)
 
 
 def _program(

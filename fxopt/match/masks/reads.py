@@ -139,14 +139,14 @@ def summand(lifter: Lifter, node: Node, index: Sequence[Form], form: Form) -> Va
 def _cumsum(lifter: Lifter, node: Node, index: Index) -> Value:
     given = arguments(node)
     dtype = val(node).dtype
-    if dtype.is_floating_point or dtype.is_complex or not index:
+    if dtype.is_floating_point or val(given["self"]).dtype.is_floating_point or dtype.is_complex or not index:
         raise Opaque("a cumulative sum of floats")
     dim = given["dim"] % len(index)
     k = coordinate(SUMMAND, lifter.size(val(node).shape[dim]))
     pieces = numbers(summand(lifter, node, index, k), dtype).pieces
     number = as_number(pieces[0][0]) if len(pieces) == 1 else None
-    if number is None:
-        raise Opaque("summands that vary")
+    if number is None or number != int(number):
+        raise Opaque("summands that vary, or are no integers")
     total = (index[dim] + 1) * int(number)
     if not fits(total, dtype):
         raise Opaque("a sum that may wrap")

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from fxopt.graph.query import COPIES, PERMUTES, RESHAPES, arguments, aten, permutation, val
 from fxopt.match.masks.conditions import FALSE, Condition, all_of, constant, eq, le
-from fxopt.match.masks.forms import Form, exact_integers, integer, integer_range, quotient, remainder
+from fxopt.match.masks.forms import Form, fits, integer, integer_range, quotient, remainder
 from fxopt.match.masks.lift import Index, Lifter, handles, tensor
 from fxopt.match.masks.values import Opaque, Value, choose, exactly
 
@@ -333,11 +333,10 @@ def _arange(lifter: Lifter, node: Node, index: Index) -> Value:
         raise Opaque("steps that are no integer")
     form = start + index[0] * step
     dtype = val(node).dtype
-    if dtype.is_floating_point:  # the last element tells; the index itself may be moved by a slice
-        most = exact_integers(dtype)
-        last = start + (lifter.size(val(node).shape[0]) - 1) * step
-        if not all(-most <= limit <= most for f in (start, last) for limit in (f.least, f.most)):
-            raise Opaque("integers beyond the precision of the dtype")
+    # The first and last element tell whether all fit; the index itself may be moved beyond by a slice.
+    last = start + (lifter.size(val(node).shape[0]) - 1) * step
+    if not fits(start, dtype) or not fits(last, dtype):
+        raise Opaque("integers that the dtype may not hold")
     return exactly(float(form.constant) if dtype.is_floating_point and form.is_number else form)
 
 

@@ -64,9 +64,25 @@ READ = {
     "documents": (
         lambda x: (x[:, None, :, None] == x[:, None, None, :]) & causal(x), "causal, segments by x_1",
     ),
+    "documents, numbered twice": (
+        lambda x: causal(x) & (x.cumsum(1)[:, None, :, None] == x.cumsum(1)[:, None, None]),
+        "causal, segments by cumsum",
+    ),
+    "dilated": (lambda x: causal(x) & ((ij(x)[0] - ij(x)[1]) % 2 == 0), "causal, where i = j + 2·((i - j) // 2)"),
+    "prefix lengths": (
+        lambda x: causal(x) | (ij(x)[1] < x.sum(1)[:, None, None, None]), "causal after a prefix of sum_1[b]",
+    ),
+    "left padding": (
+        lambda x: causal(x) & (ij(x)[1] >= (x == 0).sum(1)[:, None, None, None]),
+        "causal, keys from sum_1[b] on, rows may be empty",
+    ),
+    "global keys": (
+        lambda x: (ij(x)[0] - ij(x)[1] <= 2) | (ij(x)[1] < 1), "where i <= j + 2 or j = 0",
+    ),
+    "strided keys": (lambda x: causal(x) & (ij(x)[1] % 2 == 0), "causal, keys where j = 2·(j // 2)"),
     "everything": (lambda x: ij(x)[0] + ij(x)[1] >= 0, "every key is live"),
     "nothing": (lambda x: ij(x)[0] + ij(x)[1] < 0, "no key is live, rows may be empty"),
-    "checkers": (lambda x: (ij(x)[0] + ij(x)[1]) % 2 == 0, "where i + j = 2·(i + j) // 2"),
+    "checkers": (lambda x: (ij(x)[0] + ij(x)[1]) % 2 == 0, "where i + j = 2·((i + j) // 2)"),
     "alibi": (
         lambda x: (ij(x)[1] - ij(x)[0]) * torch.tensor([0.5, 0.25]).reshape(2, 1, 1),
         "every key is live, a bias over (h, j-i)",
@@ -259,6 +275,61 @@ def test_what_there_is_beside_causality():
 def test_a_row_of_one_is_read_as_a_length():
     program = program_of(lambda n: torch.arange(9)[None] <= torch.arange(1)[:, None] + n, torch.tensor(3))
     assert describe(program) == "keys up to n_1, rows may be empty"
+
+
+# Ops in other forms: compared with what torch gives, whatever they are read as
+
+COMPARED = {
+    "index of rows": lambda x, t: x[torch.arange(6).flip(0)] <= 3,
+    "index of columns": lambda x, t: t[:, torch.arange(6)][..., :6] == 1,
+    "index across a dimension": lambda x, t: t[torch.arange(2), :, torch.arange(2)] == 2,
+    "index of two": lambda x, t: t[:, torch.arange(6)[:, None], torch.arange(6)] == 0,
+    "index by a tensor": lambda x, t: torch.arange(5)[x] > 1,
+    "gather of rows": lambda x, t: x.gather(0, x.clamp(max=3)) == 1,
+    "index_select of columns": lambda x, t: x.index_select(1, torch.arange(0, 6, 2)) == 1,
+    "negative select": lambda x, t: t.select(0, -1) == 1,
+    "flip of two": lambda x, t: x.flip(0, 1) == 1,
+    "roll of two": lambda x, t: x.roll((1, -2), (0, 1)) == 1,
+    "padded on all sides": lambda x, t: F.pad(x, (1, 2, 2, 1), value=1) == 1,
+    "cropped": lambda x, t: F.pad(x, (-1, 2)) == 0,
+    "joined along rows": lambda x, t: torch.cat([x, x[:2] + 1, x], 0) == 1,
+    "stacked in the middle": lambda x, t: torch.stack([x, x + 1], 1) == 2,
+    "repeated": lambda x, t: x.repeat(2, 1, 3) == 2,
+    "repeated in place": lambda x, t: x.repeat_interleave(3, 1) == 2,
+    "expanded": lambda x, t: x[:, :1].expand_as(x) == 2,
+    "diagonals of a batch": lambda x, t: t.tril(-1) == t.triu(2),
+    "square": lambda x, t: (t * t + x).reshape(6, -1) > 2,
+    "merged and split": lambda x, t: t.permute(2, 0, 1).reshape(4, 3, 6) == 1,
+    "filled by a tensor": lambda x, t: x.float().masked_fill(x > 1, torch.tensor(-INF)),
+    "chosen among dtypes": lambda x, t: torch.where(x > 1, torch.tensor(0.1, dtype=torch.float64), x.bfloat16()),
+    "half of an integer": lambda x, t: (x / 2) * torch.finfo(torch.float32).min,
+    "bfloat16 beside float32": lambda x, t: x.bfloat16() * 0.1 + torch.tensor(0.3),
+    "bfloat16 against a number": lambda x, t: x.bfloat16() * 0.1 > 0.1,
+    "clamped": lambda x, t: x.clamp(1, 2) == x.clamp(max=2),
+    "clamped wrongly": lambda x, t: x.clamp(3, 1) == 1,
+    "clamped by tensors": lambda x, t: x.clamp(x.T[:, :1] * 0, x * 0 + 2) == 2,
+    "any": lambda x, t: (x > 1).any(0, keepdim=True) & (x < 3),
+    "sums": lambda x, t: x.cumsum(1) > x.sum(1, keepdim=True) - 4,
+    "float sums": lambda x, t: torch.full((6, 6), 0.5).cumsum(1, dtype=torch.long) == 0,
+    "signs": lambda x, t: torch.sign(x - 2) == -1,
+    "bits": lambda x, t: (x & 1) == (x ^ 1),
+    "shifts": lambda x, t: (x << 3) >> 2 == 4,
+    "uint8": lambda x, t: (x.to(torch.uint8) - 2) // 2 == 127,
+    "int8 range": lambda x, t: torch.arange(-128, 128, dtype=torch.int8)[:6].abs()[None].expand(6, 6) < x,
+    "remainders": lambda x, t: torch.fmod(x - 2, 3) == torch.remainder(x - 2, -3),
+    "a minus b": lambda x, t: torch.rsub(x, torch.arange(6), alpha=2) == torch.sub(x, 1, alpha=3),
+    "logic on numbers": lambda x, t: torch.logical_xor(x, x - 1) | torch.logical_not(x.float()),
+    "minimum": lambda x, t: torch.minimum(x, x.T) == torch.max(x, x.T) - 1,
+    "attribute": lambda x, t: (torch.tensor([1, 0, 2, 3, 0, 1]) == x) & (x != torch.tensor(2)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", COMPARED)
+def test_ops_give_what_torch_gives(name, dynamic):
+    x, t = torch.arange(36).reshape(6, 6) % 5, torch.arange(72).reshape(2, 6, 6) % 3
+    checked = lift(COMPARED[name], x, t, dynamic=dynamic)
+    checked(x.flip(0), t.flip(1))
 
 
 # Sequences

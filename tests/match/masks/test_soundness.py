@@ -245,7 +245,7 @@ def test_made_up_masks_of_symbolic_sizes(mask):
 
 
 @pytest.mark.slow
-@settings(max_examples=400, **{**common, "derandomize": False})
+@settings(max_examples=250, **{**common, "derandomize": False})
 @given(masks, st.booleans())
 def test_many_made_up_masks(mask, dynamic):
     check(mask, dynamic)
