@@ -1,12 +1,7 @@
 """A graph as data that can be drawn: nodes with their values, source lines and modules, each string stored once.
 
-Beside what is drawn, every node has a cost as an expression of the graph's symbolic dimensions:
-
-    bytes   what it reads and writes when it runs by itself; a view of another value moves nothing
-    FLOPs   2 M N K for a product; one an element for pointwise ops, one an element read for reductions
-
-What a rewrite saves is the difference of the bytes: values that the fused op keeps to itself need not be written and
-read back. Its arithmetic stays what it was, so FLOPs are told once, for the nodes replaced.
+Beside what is drawn, every node has a cost (`cost.py`). What a rewrite saves is the difference: values that the fused
+op keeps to itself need not be written and read back, and now and then arithmetic is saved too.
 """
 
 from __future__ import annotations
@@ -22,8 +17,9 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from fxopt.graph.query import is_mutable, module_path, source_line, storage, val
+from fxopt.graph.query import module_path, source_line, val
 from fxopt.rewrite.fusion import Step
+from fxopt.view.cost import Flops, traffic
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,9 @@ class Saving:
     bytes_before: str  # read and written by the nodes replaced, each by itself
     bytes_after: str
     bytes_saved: str
-    flops: str  # of the nodes replaced
+    flops_before: str
+    flops_after: str  # of the fused op's reference: an implementation may do less (tiles that a mask leaves out)
+    flops_saved: str
     example: int | None = None  # bytes saved at the sizes of the first call, where they are all known
 
 
@@ -89,10 +87,14 @@ class Sketch:
             return None  # another rewrite took what this one made
         old = sympy.expand(sympy.Add(*(self.bytes[name] for name in step.replaced)))
         new = sympy.expand(sympy.Add(*(after.bytes[name] for name in step.made)))
-        flops = sympy.expand(sympy.Add(*(self.flops[name] for name in step.replaced)))
+        work = sympy.expand(sympy.Add(*(self.flops[name] for name in step.replaced)))
+        less = sympy.expand(sympy.Add(*(after.flops[name] for name in step.made)))
         saved = sympy.expand(old - new)
         example = saved.subs(self.hints)
-        return Saving(str(old), str(new), str(saved), str(flops), int(example) if example.is_Integer else None)
+        return Saving(
+            *(str(old), str(new), str(saved), str(work), str(less), str(sympy.expand(work - less))),
+            example=int(example) if example.is_Integer else None,
+        )
 
 
 def sketch(module: GraphModule) -> Sketch:
@@ -114,9 +116,10 @@ def sketch(module: GraphModule) -> Sketch:
         strings=tuple(strings),
     )
     made = Sketch(drawing)
+    work = Flops()
     for node in nodes:
         made.bytes[node.name] = traffic(node)
-        made.flops[node.name] = flops(node)
+        made.flops[node.name] = work.of(node)
     for size in sorted(_symbols(nodes), key=str):
         made.dims[str(size)] = _meaning(size)
         if size.node.has_hint():
@@ -153,59 +156,6 @@ _SHORT = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
-
-
-def _size(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, SymInt) else sympy.Integer(int(size))
-
-
-def _elements(value: Any) -> sympy.Expr:
-    return sympy.Mul(*(_size(size) for size in value.shape)) if isinstance(value, Tensor) else sympy.Integer(0)
-
-
-def _bytes(value: Any) -> sympy.Expr:
-    found = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return sympy.Add(*(_elements(leaf) * leaf.element_size() for leaf in found))
-
-
-def traffic(node: Node) -> sympy.Expr:
-    """The bytes that a node reads and writes if it runs by itself."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return sympy.Integer(0)
-    sources = [val(source) for source in node.all_input_nodes]
-    read = {key for value in sources if (key := storage(value)) is not None}
-    if not is_mutable(node) and storage(val(node)) in read:
-        return sympy.Integer(0)
-    return sympy.Add(_bytes(val(node)), *map(_bytes, sources))
-
-
-#: products, and the dimension of their first (for addmm and its like: second) tensor that is summed over
-_PRODUCTS = {"mm": 0, "bmm": 0, "matmul": 0, "linear": 0, "addmm": 1, "baddbmm": 1, "_int_mm": 0, "_scaled_mm": 0}
-
-_REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "var", "std", "logsumexp", "prod", "argmax", "cumsum"}
-
-#: FLOPs an element of what has more than one
-_ELEMENTWISE = {"softmax": 5, "_softmax": 5, "log_softmax": 5, "layer_norm": 8, "rms_norm": 4, "group_norm": 8}
-
-
-def flops(node: Node) -> sympy.Expr:
-    """The floating-point operations of a node, as far as they can be told from shapes."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", "")
-    operands = [value for source in node.all_input_nodes if isinstance(value := val(source), Tensor)]
-    out = val(node)
-    if name in _PRODUCTS and len(operands) > _PRODUCTS[name]:
-        return 2 * _elements(out) * _size(operands[_PRODUCTS[name]].shape[-1])
-    if name == "scaled_dot_product_attention" and len(operands) >= 3:
-        q, k = operands[:2]
-        return 2 * _elements(q) * _size(k.shape[-2]) + 2 * _elements(out) * _size(k.shape[-2])
-    if name in _ELEMENTWISE:
-        return _ELEMENTWISE[name] * _elements(out)
-    if name in _REDUCTIONS:
-        return sympy.Add(*map(_elements, operands))
-    if isinstance(out, Tensor) and out.is_floating_point() and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return _elements(out)
-    return sympy.Integer(0)
 
 
 def _symbols(nodes: Sequence[Node]) -> list[SymInt]:

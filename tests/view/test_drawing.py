@@ -14,6 +14,8 @@ from fxopt.view import save
 from fxopt.view.drawing import sketch
 from fxopt.view.report import GraphReport, Part, Report
 
+SDPA = "scaled_dot_product_attention"
+
 
 def drawn(program, *inputs, mode="fake"):
     return sketch(make_fx(program, tracing_mode=mode, pre_dispatch=True)(*inputs))
@@ -42,8 +44,11 @@ def test_columns_give_the_nodes_back():
         (lambda x, w: x.sum(-1), "sum_1", 4 * (128 + 8), 128),
         (lambda x, w: x.add_(1), "add_", 2 * 4 * 128, 128),  # in place, but no view
         (lambda x, w: x.long(), "to", 4 * 128 + 8 * 128, 0),
+        (lambda x, w: x.chunk(2)[0], "chunk", 0, 0),
+        (lambda x, w: x.softmax(-1), "softmax", 2 * 4 * 128, 5 * 128),
+        (lambda x, w: F.scaled_dot_product_attention(x, x, x), SDPA, 4 * 2 * 128, 8 * 8 * (2 * 16 + 2 * 16 + 6)),
     ],
-    ids=["matmul", "linear", "view", "pointwise", "reduction", "in place", "cast"],
+    ids=["matmul", "linear", "view", "pointwise", "reduction", "in place", "cast", "several views", "softmax", "sdpa"],
 )
 def test_cost_of_a_node(program, node, bytes_moved, flops):
     found = drawn(program, torch.randn(8, 16), torch.randn(16, 4))
@@ -62,7 +67,9 @@ def test_what_attention_saves_is_its_scores(without_inductor):
     (dim,) = graph.dims
     assert saving.bytes_saved == f"{6 * 2 * 5 * 4}*{dim}"
     assert saving.example == 6 * 2 * 5 * 4 * 6
-    assert saving.flops == f"{2 * (2 * 5 * 8 * 2 + 5 + 5 * 5)}*{dim}"
+    assert saving.flops_after == saving.flops_before
+    assert saving.flops_saved == "0"
+    assert saving.flops_before == f"{2 * (2 * 5 * 8 * 2 + 5 + 5 * 5)}*{dim}"
     assert "size()[2], 6 at the first call" in graph.dims[dim]
 
 

@@ -209,7 +209,7 @@
       site ? [h3("computed by"), table([[site.implementation, "chosen"], ...site.passed_over.map(([name, why]) => [name, why])])] : null,
       saving ? [h3("memory traffic"), table([
         ["before", code(saving.bytes_before)], ["after", code(saving.bytes_after)], ["saved", code(saving.bytes_saved)],
-        ["at the first call", saving.example === null ? null : amount(saving.example)], ["FLOPs", code(saving.flops)]])] : null,
+        ["at the first call", saving.example === null ? null : amount(saving.example)]]), h3("FLOPs"), table([["before", code(saving.flops_before)], ["the op's reference", code(saving.flops_after)]])] : null,
       h3("source"), step.sources.map((source) => make("p", {}, code(short(source)))),
       h3(`${step.replaced.length} nodes replaced`), nodeRows(part && part.before, step.replaced, part && part.inBefore, "before", item),
       h3("made"), nodeRows(part && part.after, step.made, part && part.inAfter, "after", item),
