@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fxopt.graph.query import is_tensor, users, val
 from fxopt.graph.scope import Scope
-from fxopt.graph.symbols import is_static
+from fxopt.graph.symbols import is_static, known_equal
 from fxopt.kernels import _int4
 from fxopt.kernels.dequant_matmul import int4_matmul, int8_matmul, too_many_rows
 from fxopt.match.match import Match
@@ -115,6 +115,8 @@ def _root(product: Product) -> Node | Miss | None:
 def _match(product: Product, root: Node) -> Match | Miss:
     if val(product.x).dtype != val(product.weight).dtype:
         return Miss("x and the dequantised weight differ in dtype", product.node, 1)
+    if known_equal(val(product.weight).numel(), 0):
+        return Miss("the quantised weight is empty", product.weight, 1)
     nodes, _ = Chain.collect(product.weight)
     inside = _depending_on(root, nodes)
     roles = find_roles(product.weight, inside, root)

@@ -51,6 +51,14 @@ def exact(program, inputs):
     return traced(*wide)
 
 
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0, 0)])
+def test_an_empty_weight_is_refused(shape):
+    inputs = (torch.randn(3, shape[1]), torch.zeros(shape, dtype=torch.int8), torch.randn(shape[0]))
+    _, outcome = fuse(lambda x, w, s: F.linear(x, w.to(torch.float32) * s[:, None]), inputs)
+    assert not outcome.fused
+    assert "the quantised weight is empty" in outcome.misses[0].reason
+
+
 def test_its_name_is_the_entry_point():
     assert FuseDequantMatmul().name == "dequant_matmul"
 
