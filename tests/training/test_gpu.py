@@ -40,7 +40,7 @@ def results(program, inputs, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("kind", ["plain", "filled", "added", "SDPA", "SDPA, masked"])
+@pytest.mark.parametrize("kind", ["plain", "filled", "filled with -inf", "added", "SDPA", "SDPA, masked"])
 def test_attention_with_rows_masked_throughout(assert_as_good_as, kind, kv_heads, dtype):
     mask = torch.ones(2, 1, 64, 64, dtype=torch.bool)
     mask[0, ..., 40:] = mask[1, :, 5] = False
@@ -48,6 +48,7 @@ def test_attention_with_rows_masked_throughout(assert_as_good_as, kind, kv_heads
     program, more = {
         "plain": (attend, ()),
         "filled": (lambda q, k, v, m: attend(q, k, v, m, -3e4), (mask,)),
+        "filled with -inf": (lambda q, k, v, m: attend(q, k, v, m, -torch.inf), (mask,)),  # rows and v's gradient: NaN
         "added": (attend, (mask,)),
         "SDPA": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), ()),
         "SDPA, masked": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, enable_gqa=True), (mask,)),
