@@ -462,12 +462,14 @@ def test_gradcheck_of_extras(kind):
     (Target(CUDA), "factor", 64, "triton"),
     (Target(CUDA), "sink a head", 64, "triton"),
     (Target(CUDA), "cap", 1, "triton"),
-    (Target(CUDA), "sink a head", 1, "sdpa"),
+    (Target(CUDA), "sink a head", 1, "triton"),
     (Target(CUDA, training=True), "sink a head", 64, "sdpa"),
     (Target(CUDA, training=True), "cap", 64, "decomposed"),
     (Target(CUDA, opaque=False), "sink a head", 64, "sdpa"),
     (Target(CPU), "cap", 64, "decomposed"),
     (Target(CPU), "sink a head", 64, "sdpa"),
+    (Target(CPU), "sink a head", 1, "decomposed"),
+    (Target(CPU, training=True), "sink a head", 1, "sdpa"),
 ])  # fmt: skip
 def test_which_implementation_serves_extras(target, kind, rows, chosen):
     pytest.importorskip("triton")
