@@ -31,6 +31,7 @@ from fxopt.lower.compile import (
     gradients_flow,
     missing_compiler,
     run_eagerly,
+    start_compilers,
     uses_cuda_graphs,
     warn_once,
 )
@@ -125,6 +126,8 @@ def _rewritten(
 ) -> Callable[..., Any] | None:
     """The graph with its fusions applied, compiled; None where it is turned away or nothing fused."""
     compiled = missing_compiler(example_inputs) is None
+    if compiled:
+        start_compilers(example_inputs)
     target = replace(
         ANYWHERE,
         training=gradients_flow(module, example_inputs),

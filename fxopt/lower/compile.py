@@ -46,6 +46,18 @@ def _missing_for(device_type: str) -> str | None:
     return None
 
 
+def start_compilers(example_inputs: Sequence[Any]) -> None:
+    """Start the processes in which Inductor compiles Triton kernels, where there will be some.
+
+    They take seconds to come up. Until then kernels are compiled one by one; started with the first stage, they are
+    there when the last one needs them.
+    """
+    if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in example_inputs):
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
 def uses_cuda_graphs(options: Options) -> bool:
     """Whether Inductor will replay the graph as a CUDA graph in this mode, where it can."""
     return bool(patches(options).get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))

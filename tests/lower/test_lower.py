@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxopt
-from fxopt.lower.compile import compile_graph, missing_compiler
+from fxopt.lower.compile import compile_graph, missing_compiler, start_compilers
 from fxopt.lower.strides import same_strides
 from fxopt.ops import Target, find_op, fused_op
 from fxopt.options import Options
@@ -161,3 +162,14 @@ def test_attention_result_that_leaves_the_graph_keeps_its_strides():
     assert rec.counts() == {"attention": 1}
     assert out.stride() == program(q).stride()
     torch.testing.assert_close(out, program(q))
+
+
+@pytest.mark.parametrize(("device", "started"), [("cpu", 0), ("cuda", 1)])
+def test_compiler_processes_are_started_for_gpus(monkeypatch, device, started):
+    from torch._inductor import async_compile
+
+    calls = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: calls.append(1))
+    with FakeTensorMode():
+        start_compilers([3, torch.empty(2), torch.empty(2, device=device)])
+    assert len(calls) == started
