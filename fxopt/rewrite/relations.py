@@ -19,7 +19,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import aten, is_reshape, val
+from fxopt.graph.query import arguments, aten, is_reshape, val
 from fxopt.graph.symbols import hint
 from fxopt.ops import find_op
 from fxopt.rewrite.region import Pair
@@ -29,6 +29,9 @@ KEEP = 16
 
 #: ops on positions (int32 or int64 tensors) whose number operands are lengths, as a sliding window
 _POSITION_OPS = frozenset({"add", "sub", "rsub", "lt", "le", "gt", "ge", "floor_divide", "remainder", "clamp"})
+
+#: ops that take their second dimension apart into a number of groups, which is no size of any tensor
+_GROUPED = frozenset({aten.group_norm.default, aten.native_group_norm.default})
 
 ARANGES = frozenset({aten.arange.start, aten.arange.start_step})
 
@@ -46,7 +49,7 @@ class Relations:
     lengths: set[int]  # numbers that positions are compared with or moved by
     positions: frozenset[Node]
     sums: list[tuple[list[int], int]] = field(default_factory=list)  # parts and their whole
-    pinned: set[int] = field(default_factory=set)  # sizes that occur in strings, which nothing rewrites
+    pinned: set[int] = field(default_factory=set)  # sizes in strings, which nothing rewrites, and sizes in groups
     small: set[int] = field(default_factory=set)  # sizes that stay
     hints: dict[Any, int] = field(default_factory=dict)
 
@@ -67,6 +70,10 @@ class Relations:
                     facts.pinned |= {int(number) for number in re.findall(r"\d+", argument)}
             if is_reshape(node) and isinstance(val(node), Tensor):
                 facts._relate(list(val(node.args[0]).shape), list(val(node).shape))
+            if node.target in _GROUPED:
+                given = arguments(node)
+                counts = val(given["input"]).shape[1], given.get("num_groups", given.get("group"))
+                facts.pinned |= {count for count in counts if isinstance(count, int)}
             facts._relate_parts(node)
             facts._relate_repeats(node)
         facts._substitute()

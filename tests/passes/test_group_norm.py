@@ -72,3 +72,8 @@ def test_gradients():
     wide = x.detach().double().requires_grad_()
     model.double()(wide).square().sum().backward()
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_verified_at_small_sizes_with_its_own_channels_and_groups():
+    rec = check(nn.GroupNorm(32, 96), torch.randn(1, 96, 64, 48))
+    assert "48 as 20, 64 as 24" in rec.sites[0].verdict.detail
