@@ -112,12 +112,19 @@ def _between(apart: set[Node], old_inputs: set[Node], new_inputs: set[Node]) -> 
         parents = node.all_input_nodes
         if not any(isinstance(val(p), Tensor) for p in parents) or any(p in related or p in known for p in parents):
             related.add(node)
-    common = (seen_old & seen_new) - related
+    # What both sides read at the end of the search (an argument of the graph, say) relates them too.
+    common = (seen_old & seen_new) - related | (_sources(seen_old, known) & _sources(seen_new, known))
     between = set(related)
     for node in sorted(seen - common):
         if any(p in between or p in common for p in node.all_input_nodes):
             between.add(node)
     return between
+
+
+def _sources(nodes: set[Node], known: set[Node]) -> set[Node]:
+    """The tensors that `nodes` read from outside of them, but for those that are inputs anyway."""
+    parents = {parent for node in nodes for parent in node.all_input_nodes if isinstance(val(parent), Tensor)}
+    return parents - nodes - known
 
 
 def _ancestors(starts: Iterable[Node], known: set[Node]) -> set[Node]:
