@@ -61,6 +61,7 @@ class Watch:
             finally:
                 self._set(None)
         except _Overtime:
+            self._began = None  # it may have been raised inside of `_set`
             raise TimeoutError(f"gave no answer within {SECONDS:g} s") from None
 
     def _set(self, began: float | None) -> None:
@@ -73,6 +74,7 @@ class Watch:
                 if self._began is not None and time.monotonic() - self._began > SECONDS:
                     thread = ctypes.c_ulong(self._thread)
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Overtime))
+                    self._began = time.monotonic()  # again, if the call catches even that
 
 
 class Ledger:
