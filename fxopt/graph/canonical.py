@@ -70,6 +70,7 @@ def canonicalise(module: GraphModule) -> int:
             changed += 1
     changed += casts_first(graph, written, cut)
     changed += _functionalise(graph, cut)
+    changed += _merge_masks(graph)
     changed += _erase_unused(graph)
     module.recompile()
     return changed
@@ -209,6 +210,47 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
                     view.meta["val"] = view.target(*args, **kwargs)  # type: ignore[operator]
             changed += len(steps)
     return changed
+
+
+def _merge_masks(graph: Graph) -> int:
+    """Integers and booleans that are computed twice in the same way are computed once: masks and positions.
+
+    Floats stay apart, for layers are compiled and rewritten each for itself. Nothing that is written to or returned is
+    merged, and nothing that reads what is written to: it may read it before and after.
+    """
+    written = _written_storages(graph)
+    kept = written.union(*map(storages, graph.output_node().all_input_nodes))
+    first: dict[Any, Node] = {}
+    changed = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
+            continue
+        value = val(node)
+        if value.is_floating_point() or value.is_complex() or is_mutable(node) or is_random(node):
+            continue
+        key = _hashable((node.target, node.args, node.kwargs))
+        if key is None or storages(node) & kept or any(storages(n) & written for n in node.all_input_nodes):
+            continue
+        same = first.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            changed += 1
+    return changed
+
+
+def _hashable(argument: Any) -> Any:
+    """Something equal for equal arguments only (1, 1.0 and True are not), or None."""
+    if isinstance(argument, (list, tuple)):
+        parts = tuple(_hashable(a) for a in argument)
+        return None if None in parts else (type(argument).__name__, parts)
+    if isinstance(argument, dict):
+        return _hashable(tuple(sorted(argument.items())))
+    if isinstance(
+        argument, (Node, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch._ops.OpOverload)
+    ):
+        return type(argument).__name__, str(argument) if isinstance(argument, float) else argument
+    return ("None",) if argument is None else None
 
 
 def _functional_form(node: Node) -> Callable[..., Any] | None:

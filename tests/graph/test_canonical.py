@@ -147,3 +147,52 @@ def test_in_place_between_views_is_left_alone(captured):
     inputs = (torch.randn(4, 4), torch.randn(4, 4))
     torch.testing.assert_close(captured.run(program, *inputs), program(*inputs))
     assert aten.add_.Tensor in captured.targets()
+
+
+def test_masks_computed_twice_are_computed_once(captured):
+    def program(x, lengths):
+        one, two = (torch.arange(4) < lengths[:, None] for _ in range(2))
+        other = torch.arange(4) <= lengths[:, None]
+        return x.masked_fill(one, 1.0) + x.masked_fill(two, 2.0) + x.masked_fill(other, 3.0)
+
+    inputs = (torch.randn(3, 4), torch.tensor([1, 2, 3]))
+    torch.testing.assert_close(captured.run(program, *inputs), program(*inputs))
+    targets = captured.targets()
+    assert (targets.count(aten.arange.default), targets.count(aten.lt.Tensor), targets.count(aten.le.Tensor)) == (
+        1,
+        1,
+        1,
+    )
+
+
+def test_masks_that_are_written_to_or_returned_stay_apart(captured):
+    def program(x, y):
+        one, two = x > 0, x > 0
+        two.logical_or_(y > 0)
+        return one, x > 0, torch.where(two, x, y)
+
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    actual = captured.run(program, x, y)
+    for mine, right in zip(actual, program(x, y), strict=True):
+        torch.testing.assert_close(mine, right)
+    assert actual[0].data_ptr() != actual[1].data_ptr()
+
+
+def test_masks_before_and_after_a_write_differ(captured):
+    def program(x, y):
+        y = y + 0
+        one = y > 0
+        y.sub_(1)
+        return x.masked_fill(one, 1.0) + x.masked_fill(y > 0, 2.0)
+
+    x, y = torch.randn(3, 4), torch.rand(3, 4)
+    torch.testing.assert_close(captured.run(program, x, y), program(x, y))
+
+
+def test_numbers_of_different_types_are_different(captured):
+    def program(x):
+        return torch.full((3,), 1), torch.full((3,), True) & (x > 0), x.long() * 1, x.long() * True
+
+    x = torch.randn(3)
+    for mine, right in zip(captured.run(program, x), program(x), strict=True):
+        torch.testing.assert_close(mine, right)
