@@ -296,6 +296,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "hybrid",
         {**DECODER, "lru_width": 32, "attention_window_size": 4, "block_types": ["recurrent", "attention"]},
         DECODE, {"attention": 1, "rms_norm": 2 * 2 + 1, "gated_mlp": 4, "rotary": 1},
+        {"train: gated_mlp": (1, "autograd_function_apply lies between")},  # the gated recurrence
     ),
     "lfm2": Architecture(
         "hybrid", {**NO_HEAD_DIM, "layer_types": ["conv", "full_attention"]}, DECODE,
