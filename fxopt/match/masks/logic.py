@@ -10,10 +10,11 @@ import torch
 from torch.fx import Node
 
 from fxopt.graph.query import CASTS, arguments, aten, val
-from fxopt.match.masks.conditions import Condition, constant, eq, le, ne, negate
-from fxopt.match.masks.forms import Apply, Form, fits, integer
+from fxopt.match.masks.conditions import Condition, Eq, conjuncts, constant, eq, le, ne, negate
+from fxopt.match.masks.forms import Apply, Form, Read, fits, integer
 from fxopt.match.masks.lift import Index, Lifter, handles, tensor
 from fxopt.match.masks.operands import (
+    NOT_ZERO,
     Given,
     apply,
     as_form,
@@ -158,7 +159,7 @@ def _where(lifter: Lifter, node: Node, index: Index) -> Value:
     given = arguments(node)
     dtype = val(node).dtype
     condition, yes, no = (operand(lifter, node, given[name], index) for name in ("condition", "self", "other"))
-    return choose(truth(condition), _typed(yes, dtype), _typed(no, dtype), dtype)
+    return _known_zeros(choose(truth(condition), _typed(yes, dtype), _typed(no, dtype), dtype))
 
 
 @handles(aten.masked_fill)
@@ -166,7 +167,19 @@ def _masked_fill(lifter: Lifter, node: Node, index: Index) -> Value:
     given = arguments(node)
     dtype = val(node).dtype
     own, mask, filling = (operand(lifter, node, given[name], index) for name in ("self", "mask", "value"))
-    return choose(truth(mask), _typed(filling, dtype), _typed(own, dtype), dtype)
+    return _known_zeros(choose(truth(mask), _typed(filling, dtype), _typed(own, dtype), dtype))
+
+
+def _known_zeros(value: Value) -> Value:
+    """The value with unknown numbers replaced by 0 where a case asks that they are: x.masked_fill(x.bool(), min)."""
+    if not isinstance(value, Cases):
+        return value
+    pieces: list[tuple[Scalar, Condition]] = []
+    for scalar, condition in value.pieces:
+        atoms = [part.form.atom for part in conjuncts(condition) if isinstance(part, Eq)]
+        asked = [a.operands[0].value for a in atoms if isinstance(a, Apply) and a.target is NOT_ZERO]
+        pieces.append((0.0 if isinstance(scalar, (Read, Apply)) and exactly(scalar) in asked else scalar, condition))
+    return by_cases(pieces)
 
 
 # Casts

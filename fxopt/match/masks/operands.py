@@ -21,11 +21,14 @@ import torch
 from torch import SymFloat, SymInt, Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import arguments, is_mutable, val
+from fxopt.graph.query import arguments, aten, is_mutable, val
 from fxopt.match.masks.conditions import FALSE, TRUE, Condition, all_of, any_of, constant, ne, negate
-from fxopt.match.masks.forms import Apply, Form, integer
+from fxopt.match.masks.forms import Apply, Form, integer, single
 from fxopt.match.masks.lift import FALLBACKS, Index, Lifter
 from fxopt.match.masks.values import Cases, Opaque, Operand, Scalar, Value, combine, exactly, numbers, of_atom
+
+#: the op that an unknown number's truth is written with
+NOT_ZERO = aten.ne.Scalar
 
 #: a Python number, or a value with its dtype and whether its tensor has no dimensions
 Given = Operand | bool | int | float
@@ -183,9 +186,10 @@ def truth(given: Given) -> Condition:
         form, number = as_form(scalar), as_number(scalar)
         if number is not None:
             return constant(number != 0)
-        if form is None:
-            raise Opaque("whether an unknown number is zero")
-        return ne(form)
+        if form is not None:
+            return ne(form)
+        unknown = Operand.of(exactly(scalar), given.dtype, given.is_scalar)
+        return ne(single(Apply.of(NOT_ZERO, (unknown, 0), (), torch.bool)))
 
     found = combine([given.value], of, boolean=True)
     assert not isinstance(found, Cases)

@@ -87,6 +87,10 @@ READ = {
         lambda x: (ij(x)[1] - ij(x)[0]) * torch.tensor([0.5, 0.25]).reshape(2, 1, 1),
         "every key is live, a bias over (h, j-i)",
     ),
+    "inverted, filled where not zero": (
+        lambda x: (1.0 - x[:, None, None].float()).masked_fill((1.0 - x[:, None, None].float()).bool(), MIN),
+        "keys padded (x_1), empty rows uniform",
+    ),
     "key bias": (lambda x: x[:, None, None].float() * 0.5, "every key is live, a bias over (b, j)"),
     "soft fill": (lambda x: torch.where(causal(x), 0.0, -1e4), "every key is live, a bias over (j-i)"),
 }  # fmt: skip
