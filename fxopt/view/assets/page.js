@@ -209,7 +209,7 @@
       site ? [h3("computed by"), table([[site.implementation, "chosen"], ...site.passed_over.map(([name, why]) => [name, why])])] : null,
       saving ? [h3("memory traffic"), table([
         ["before", code(saving.bytes_before)], ["after", code(saving.bytes_after)], ["saved", code(saving.bytes_saved)],
-        ["at the first call", saving.example === null ? null : amount(saving.example)]]), h3("FLOPs"), table([["before", code(saving.flops_before)], ["the op's reference", code(saving.flops_after)]])] : null,
+        ["which is", saving.example === null ? null : amount(saving.example)]]), h3("FLOPs"), table([["before", code(saving.flops_before)], ["the op's reference", code(saving.flops_after)]])] : null,
       h3("source"), step.sources.map((source) => make("p", {}, code(short(source)))),
       h3(`${step.replaced.length} nodes replaced`), nodeRows(part && part.before, step.replaced, part && part.inBefore, "before", item),
       h3("made"), nodeRows(part && part.after, step.made, part && part.inAfter, "after", item),
@@ -307,13 +307,18 @@
 
   // -- selecting -------------------------------------------------------------------------------------------------
 
+  function changes({ step, saving }) {
+    const saves = saving && saving.example > 0 ? `, ${amount(saving.example)} less to read and write` : "";
+    return `${step.replaced.length} nodes → ${step.made.length}${saves}`;
+  }
+
   let selected = null;
   function select(item) {
     selected = item;
     for (const row of $("list").querySelectorAll(".row")) row.setAttribute("aria-selected", String(row.item === item));
     const row = [...$("list").querySelectorAll(".row")].find((r) => r.item === item);
     if (row) { row.closest("details").open = true; row.scrollIntoView?.({ block: "nearest" }); }
-    fill($("bar"), make("span", {}, item.kind === "step" ? `${item.step.replaced.length} nodes → ${item.step.made.length}` : item.label));
+    fill($("bar"), make("span", {}, item.kind === "step" ? changes(item) : item.label));
     show[item.kind](item);
     drawItem(item);
   }
