@@ -20,6 +20,7 @@ from fxopt.graph.casts import casts_first
 from fxopt.graph.query import (
     arguments,
     faking,
+    is_inactive_dropout,
     is_mutable,
     is_reshape,
     is_tensor,
@@ -33,11 +34,6 @@ from fxopt.graph.symbols import same_shape
 aten = torch.ops.aten
 
 _VIEW_TO_RESHAPE = {aten.view.default, aten._unsafe_view.default}
-_DROPOUTS = {
-    getattr(aten, kind + suffix).default
-    for kind in ("dropout", "feature_dropout", "alpha_dropout")
-    for suffix in ("", "_")
-}
 _CASTING = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten.type_as.default}
 _EXPANDS = {aten.expand.default, aten.expand_as.default}
 
@@ -94,12 +90,10 @@ def _inactive_dropout(graph: Graph) -> int:
     """Drop dropout that does nothing (in place or not), before it is asked what writes to what."""
     changed = 0
     for node in list(graph.nodes):
-        if node.target in _DROPOUTS:
-            given = arguments(node)
-            if given["train"] is False or given["p"] == 0:
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-                changed += 1
+        if is_inactive_dropout(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            changed += 1
     return changed
 
 

@@ -190,6 +190,21 @@ def result(node: Node, index: int) -> Node | None:
     return None
 
 
+_DROPOUTS = {
+    getattr(aten, kind + suffix).default
+    for kind in ("dropout", "feature_dropout", "alpha_dropout")
+    for suffix in ("", "_")
+}
+
+
+def is_inactive_dropout(node: Node) -> bool:
+    """Whether the node is dropout that returns its argument as it is (and in place writes nothing to it)."""
+    if node.target not in _DROPOUTS:
+        return False
+    given = arguments(node)
+    return given["train"] is False or given["p"] == 0
+
+
 #: composite ops that write to arguments without saying so in their schema: (the flag that asks for it, the arguments)
 _HIDDEN_WRITES = {
     aten.batch_norm.default: ("training", ("running_mean", "running_var")),
@@ -199,6 +214,8 @@ _HIDDEN_WRITES = {
 
 def is_mutable(node: Node) -> bool:
     """Whether the node's op writes to one of its arguments."""
+    if is_inactive_dropout(node):
+        return False
     schema = getattr(node.target, "_schema", None)
     return bool(schema is not None and schema.is_mutable) or bool(_hidden_writes(node))
 
@@ -206,7 +223,7 @@ def is_mutable(node: Node) -> bool:
 def written_arguments(node: Node) -> list[Node]:
     """The nodes whose values `node` writes to: by its schema, or by what is known of the op."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
+    if schema is None or not schema.is_mutable or is_inactive_dropout(node):
         return _hidden_writes(node)
     written: list[Node] = []
     for i, argument in enumerate(schema.arguments):

@@ -187,6 +187,16 @@ def test_batch_norm_writes_to_its_statistics(captured, name, grad):
     assert captured.graphs, captured.reasons
 
 
+@pytest.mark.parametrize("rate, training", [(0.5, False), (0.0, True)])
+def test_dropout_in_place_that_does_nothing_writes_nothing(captured, rate, training):
+    x = torch.randn(3, 4)
+    before = x.clone()
+    out = captured.run(lambda x: torch.nn.functional.dropout(x, rate, training, inplace=True).softmax(-1), x)
+    torch.testing.assert_close(out, before.softmax(-1))
+    torch.testing.assert_close(x, before)
+    assert captured.graphs
+
+
 def test_writing_through_data_without_gradients(captured):
     def program(x):
         y = x + 1
