@@ -53,18 +53,13 @@ def _within(parts: Iterable[Limits]) -> Limits:
 
 
 def _around(parts: list[Limits]) -> Limits:
-    lower, upper = [p.lower for p in parts], [p.upper for p in parts]
-    one_sided = all(x is None for x in lower) or all(x is None for x in upper)
+    lower = [p.lower for p in parts if p.lower is not None]
+    upper = [p.upper for p in parts if p.upper is not None]
     return Limits(
-        None if None in lower else largest_of_negated(lower),
-        None if None in upper else largest(u for u in upper if u is not None),
-        one_sided and all(part.exact for part in parts),
+        smallest(lower) if len(lower) == len(parts) else None,
+        largest(upper) if len(upper) == len(parts) else None,
+        not (lower and upper) and all(part.exact for part in parts),
     )
-
-
-def largest_of_negated(lower: list[Form | None]) -> Form:
-    """The smallest of some lower limits."""
-    return smallest(low for low in lower if low is not None)
 
 
 def _solved(form: Form, j: Atom) -> Limits:

@@ -61,7 +61,7 @@ class Lifter:
     """Lifts the nodes of one graph."""
 
     def __init__(self, scope: Scope) -> None:
-        self.scope = scope
+        self._writes = scope.writes  # not the scope: what is kept for it must not keep it
         self.lifted: dict[tuple[Node, Index, int], Value] = {}
         self._written = frozenset().union(*(written for _, written in scope.writes))
         self._sizes: dict[Any, Form] = {}
@@ -201,7 +201,7 @@ class Lifter:
         home = self._home(node)
         if not home:
             return 0
-        return sum(1 for write, written in self.scope.writes if written & home and (reader is None or write < reader))
+        return sum(1 for write, written in self._writes if written & home and (reader is None or write < reader))
 
     def stale(self, leaves: Iterable[Read], at: Node | None) -> list[Read]:
         """Those of the elements that are written to before `at` reads them."""

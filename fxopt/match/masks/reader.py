@@ -69,6 +69,8 @@ def read_mask(
     if not isinstance(value, Tensor) or value.dtype.is_complex:
         return Miss(f"the mask {node.name} is no real tensor", node)
     lifter = lifter_of(scope)
+    if lifter.epoch(node, at) != lifter.epoch(node, node):
+        return Miss(f"the mask {node.name} is written to after it is made", node)
     try:
         coordinates = coordinates_of(lifter, sizes)
         index = _index(lifter, value.shape, moves, sizes, coordinates)

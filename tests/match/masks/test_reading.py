@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -407,6 +409,18 @@ def test_a_constant_that_is_written_to_is_not_followed():
     assert checked.sites[0].program.upper is None
 
 
+def test_a_mask_that_is_written_to_itself_is_not_read():
+    def mask(x):
+        m = causal(x)
+        late = m.clone()
+        late[0] = True
+        return late
+
+    program = program_of(mask, torch.zeros(1, 5))
+    assert isinstance(program, Miss)
+    assert "is written to after it is made" in program.reason
+
+
 # Parts of a mask in the graph
 
 
@@ -491,6 +505,14 @@ def test_a_mask_takes_a_few_milliseconds():
         read_mask(checked.sites[0].node, checked.scope, checked.sites[0].sizes)
         times.append(time.process_time() - start)
     assert sorted(times)[2] < 0.02
+
+
+def test_nothing_is_kept_of_a_graph_that_is_gone():
+    checked = lift(lambda x: causal(x) & x.bool()[:, None, None], torch.zeros(1, 5))
+    scope = weakref.ref(checked.scope)
+    del checked
+    gc.collect()
+    assert scope() is None
 
 
 def test_layers_share_what_was_lifted(monkeypatch):
