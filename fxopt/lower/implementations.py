@@ -93,7 +93,7 @@ def _inline(
             return chosen.run(*tree_unflatten(filled, structure))
 
         traced = traces[key] = _trace(program, [val(leaves[i]) for i in dynamic])
-    results = _copy(graph, node, traced, [leaves[i] for i in dynamic])
+    results = _copy(graph, node, op, traced, [leaves[i] for i in dynamic])
     originals = node.meta.get("val")
     if isinstance(originals, (tuple, list)):
         for user in list(node.users):
@@ -129,7 +129,7 @@ def _trace(program: Callable[..., Any], values: list[Any]) -> GraphModule:
     return traced
 
 
-def _copy(graph: Graph, node: Node, traced: GraphModule, inputs: list[Node]) -> list[Any]:
+def _copy(graph: Graph, node: Node, op: FusedOp, traced: GraphModule, inputs: list[Node]) -> list[Any]:
     """Copy the nodes of `traced` before `node`; the nodes that stand for its results."""
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     environment: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))
@@ -141,6 +141,8 @@ def _copy(graph: Graph, node: Node, traced: GraphModule, inputs: list[Node]) -> 
             for key in ("stack_trace", "nn_module_stack", "from_node", "fxopt", "seq_nr"):
                 if key in node.meta:
                     copy.meta[key] = node.meta[key]
+            # What Inductor names kernels after, where it is asked to (descriptive_names="torch").
+            copy.meta["source_fn_stack"] = [(node.name, op.name)]
             environment[inner] = copy
     return [environment[n] for n in tree_leaves(traced.graph.output_node().args[0])]
 

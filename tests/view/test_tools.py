@@ -77,10 +77,25 @@ def _(x):
 
 
 def test_an_opaque_op_is_a_range_in_the_profile(without_inductor):
-    """What is inlined has no call of its own: Inductor puts it into a kernel with its neighbours."""
+    """What is inlined has no call of its own: Inductor puts it into a kernel with its neighbours (next test)."""
     run = torch.compile(lambda x: ranged.implementations[0].overload(x) + 1, backend="aot_eager")
     x = torch.randn(4)
     run(x)
     with profile() as prof:
         run(x)
     assert "fxopt::test_ranged" in {event.name for event in prof.events()}
+
+
+@pytest.mark.slow
+def test_an_inlined_op_names_the_kernel_it_is_in():
+    def norm(x):
+        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).relu()
+
+    named = {"cpp.descriptive_names": "torch", "cpp.enable_kernel_profile": True}
+    run = torch.compile(norm, backend="fxopt", options={"inductor": named})
+    x = torch.randn(64, 64)
+    with torch.no_grad():
+        run(x)
+        with profile() as prof:
+            torch.testing.assert_close(run(x), norm(x))
+    assert any("fused_relu_rms_norm" in event.name for event in prof.events())
