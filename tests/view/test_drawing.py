@@ -137,3 +137,23 @@ def test_the_page_of_32_layers_is_small(make):
     graph = GraphReport("graph 0", normalized=True, steps=steps, parts=[Part(drawing, drawing, (0, 40))])
     assert len(save.page_data(Report([graph]))) < 300_000
     assert len(save.page(Report([graph]))) < 600_000
+
+
+def test_a_checkpointed_region_is_a_part_of_its_own(without_inductor):
+    from torch.utils.checkpoint import checkpoint
+
+    def region(x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def program(x):
+        return region(x) + checkpoint(region, x.sin(), use_reentrant=False)
+
+    report = fxopt.view(program, torch.randn(3, 8, requires_grad=True))
+    (graph,) = report.graphs
+    assert len(graph.parts) == 2
+    assert [part.steps for part in graph.parts] == [(0, 1), (1, 2)]
+    for part in graph.parts:
+        for step in graph.steps[slice(*part.steps)]:
+            assert set(step.replaced) <= set(part.before.names)
+            assert set(step.made) <= set(part.after.names)
+        assert set(part.savings) == set(range(*part.steps))
