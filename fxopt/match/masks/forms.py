@@ -42,13 +42,17 @@ class Term:
     @classmethod
     def of(cls: type[T], *fields: Any) -> T:
         """The one object of this class with these fields."""
-        key = (cls, *fields)
-        found = _KNOWN.get(key)
-        if found is None:
-            found = cls(*fields)
-            object.__setattr__(found, "serial", next(_serial))
-            _KNOWN[key] = found
-        return found
+        return intern((cls, *fields), cls, *fields)
+
+
+def intern(key: Any, kind: type[T], *fields: Any) -> T:
+    """The one object known by `key`: made of the fields where it is not there yet."""
+    found: T | None = _KNOWN.get(key)
+    if found is None:
+        found = kind(*fields)
+        object.__setattr__(found, "serial", next(_serial))
+        _KNOWN[key] = found
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +112,12 @@ class Apply(Term):
     operands: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, *fields: Any) -> Apply:
+        """The one object with these fields; literals that are only equal (0.0 and -0.0) are two."""
+        literals = repr([o for o in fields[1] if not isinstance(o, Term)]) + repr(fields[2])
+        return intern((cls, literals, *fields), cls, *fields)
 
 
 Atom = Coordinate | Size | Read | Quotient | Max | Apply

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch.fx import Node
@@ -220,7 +219,6 @@ def _cast_atom(given: Operand, dtype: torch.dtype) -> Scalar:
     return found.pieces[0][0]
 
 
-@lru_cache(maxsize=1024)
 def _converted(number: bool | int | float, before: torch.dtype, after: torch.dtype) -> Scalar:
     if not after.is_floating_point and isinstance(number, float) and not abs(number) < 2**31:
         raise Opaque("a number that its dtype can't hold")  # what that gives depends on the device

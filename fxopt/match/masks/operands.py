@@ -108,7 +108,7 @@ def apply(node: Node, operands: Sequence[Any], dtype: torch.dtype | None = None)
     plain = [_plain(o) if isinstance(o, Operand) else o for o in operands]
     if not any(p is None and isinstance(o, Operand) for p, o in zip(plain, operands, strict=True)):
         kinds = tuple((o.dtype, o.is_scalar) if isinstance(o, Operand) else None for o in operands)
-        return _folded(node.target, tuple(map(_hashable, plain)), kinds, keywords, dtype)
+        return _folded(node.target, tuple(map(_hashable, plain)), kinds, keywords, dtype, repr(plain))
     keyed = tuple((k, _hashable(v)) for k, v in keywords)
     return of_atom(Apply.of(node.target, tuple(map(_hashable, operands)), keyed, dtype))
 
@@ -128,8 +128,9 @@ def _plain(given: Operand) -> bool | int | float | None:
 
 @lru_cache(maxsize=4096)
 def _folded(
-    target: Any, plain: tuple[Any, ...], kinds: tuple[Any, ...], keywords: tuple[Any, ...], dtype: torch.dtype
+    target: Any, plain: tuple[Any, ...], kinds: tuple[Any, ...], keywords: tuple[Any, ...], dtype: torch.dtype, _: str
 ) -> Value:
+    # The last argument tells apart for the cache what is equal: 0.0 and -0.0, 1 and True.
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
         arguments_ = [
             torch.tensor(p, dtype=k[0]).reshape([] if k[1] else [1]) if k is not None else p

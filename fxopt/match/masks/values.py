@@ -27,7 +27,7 @@ from fxopt.match.masks.conditions import (
     negate,
     replace,
 )
-from fxopt.match.masks.forms import Apply, Atom, Form, Read, Term, integer, single, substitute
+from fxopt.match.masks.forms import Apply, Atom, Form, Read, Term, integer, intern, single, substitute
 
 #: the cases that one value may have
 MAX_CASES = 16
@@ -44,6 +44,11 @@ class Cases(Term):
     """A number, by cases."""
 
     pieces: tuple[tuple[Scalar, Condition], ...]
+
+    @classmethod
+    def of(cls, pieces: tuple[tuple[Scalar, Condition], ...]) -> Cases:
+        """The one object with these cases; 0.0 and -0.0 are two numbers."""
+        return intern((cls, tuple((*known(scalar), condition) for scalar, condition in pieces)), cls, pieces)
 
     @property
     def form(self) -> Form | None:
@@ -73,6 +78,11 @@ class Operand(Term):
         return Operand.of(replaced(self.value, replacements), self.dtype, self.is_scalar)
 
 
+def known(scalar: Scalar) -> tuple[Scalar, str]:
+    """What tells a case's value from others: numbers also by how they are written, which the sign of zero needs."""
+    return (0.0, repr(scalar)) if isinstance(scalar, float) else (scalar, "")
+
+
 def exactly(scalar: Scalar) -> Cases:
     """A value with one case."""
     return Cases.of(((scalar, TRUE),))
@@ -80,13 +90,14 @@ def exactly(scalar: Scalar) -> Cases:
 
 def by_cases(pieces: Iterable[tuple[Scalar, Condition]]) -> Cases:
     """A value from cases, equal ones joined. Raises Opaque if they are too many."""
-    joined: dict[Scalar, Condition] = {}
+    joined: dict[tuple[Scalar, str], tuple[Scalar, Condition]] = {}
     for scalar, condition in pieces:
+        key = known(scalar)
         if condition is not FALSE:
-            joined[scalar] = any_of([joined[scalar], condition]) if scalar in joined else condition
+            joined[key] = (scalar, any_of([joined[key][1], condition]) if key in joined else condition)
     if len(joined) > MAX_CASES:
         raise Opaque(f"more than {MAX_CASES} cases")
-    return Cases.of(tuple(joined.items()))
+    return Cases.of(tuple(joined.values()))
 
 
 def numbers(value: Value, dtype: torch.dtype) -> Cases:

@@ -326,6 +326,12 @@ COMPARED = {
     "a minus b": lambda x, t: torch.rsub(x, torch.arange(6), alpha=2) == torch.sub(x, 1, alpha=3),
     "logic on numbers": lambda x, t: torch.logical_xor(x, x - 1) | torch.logical_not(x.float()),
     "minimum": lambda x, t: torch.minimum(x, x.T) == torch.max(x, x.T) - 1,
+    "signs of zero": lambda x, t: torch.where(x > 1, 1 / torch.full((), -0.0), 1 / torch.full((), 0.0)),
+    "zeros that differ": lambda x, t: (
+        torch.copysign(torch.ones(()), torch.where(x > 1, -0.0, torch.zeros(())))
+        * torch.where(x > 2, torch.zeros(()), -0.0).copysign(x - 2.0)
+    ),
+    "literals that are equal": lambda x, t: torch.copysign(x / 3, 0.0) + torch.copysign(x / 3, -0.0) > 0.1,
     "attribute": lambda x, t: (torch.tensor([1, 0, 2, 3, 0, 1]) == x) & (x != torch.tensor(2)),
 }
 
