@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch import SymInt, Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -100,7 +100,12 @@ def _of_reference(op: FusedOp, args: Any) -> sympy.Expr:
 
     def program(*given: Tensor) -> Any:
         fresh = iter(given)
-        return op.reference(*tree_map(lambda a: next(fresh) if isinstance(a, Tensor) else a, args))
+
+        def argument(value: Any) -> Any:
+            # An eps can be symbolic too (a float attribute with dynamic=True); no number of FLOPs depends on it.
+            return next(fresh) if isinstance(value, Tensor) else 1.0 if isinstance(value, SymFloat) else value
+
+        return op.reference(*tree_map(argument, args))
 
     with mode or nullcontext(), quiet, torch.no_grad():
         traced = make_fx(program, pre_dispatch=True, _allow_non_fake_inputs=True)(*(t.detach() for t in tensors))

@@ -157,3 +157,15 @@ def test_a_checkpointed_region_is_a_part_of_its_own(without_inductor):
             assert set(step.replaced) <= set(part.before.names)
             assert set(step.made) <= set(part.after.names)
         assert set(part.savings) == set(range(*part.steps))
+
+
+def test_a_symbolic_number_is_no_hindrance(without_inductor, caplog):
+    norm = torch.nn.Module()
+    norm.eps = 1e-6
+    norm.forward = lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)
+    with fxopt.record() as rec, torch.no_grad():
+        torch.compile(norm, backend="fxopt", dynamic=True)(torch.randn(2, 3, 8))
+    (graph,) = rec.graphs
+    assert rec.counts() == {"rms_norm": 1}
+    assert graph.parts
+    assert "could not be drawn" not in caplog.text
