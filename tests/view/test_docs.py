@@ -16,7 +16,7 @@ import torch
 import fxopt.backend
 import fxopt.view.show
 from fxopt.options import Options
-from fxopt.rewrite.plugins import unregister
+from fxopt.rewrite.plugins import registered, unregister
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "writing-a-fusion.md").read_text(encoding="utf-8")
@@ -36,9 +36,9 @@ def _clean(monkeypatch):
     """Without Inductor, which takes seconds a graph and is not what the pages are about."""
     monkeypatch.setattr(fxopt.backend, "compile_graph", lambda module, inputs, options: module.forward)
     yield
-    unregister("soft_cap")
-    unregister("swiglu")
-    unregister("double-angle")
+    for item in registered():
+        if item.distribution == "-":  # by a page
+            unregister(item.fusion.name)
     torch._dynamo.reset()
 
 
