@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fxopt import cachedir
 from fxopt.ops import fused_op
 from fxopt.rewrite import verdicts
+from fxopt.rewrite.compare import distance
 from fxopt.rewrite.verify import Verifier
 
 _spec = importlib.util.spec_from_file_location("fxopt_test_sites", Path(__file__).with_name("_sites.py"))
@@ -527,7 +528,7 @@ def test_equal_layers_are_checked_once(monkeypatch):
 
     runs = []
     original = module._Check.algebra
-    monkeypatch.setattr(module._Check, "algebra", lambda self, **k: runs.append(1) or original(self, **k))
+    monkeypatch.setattr(module._Check, "algebra", lambda self, *a, **k: runs.append(1) or original(self, *a, **k))
     for _ in range(3):
         assert verify(attention, sdpa, Q, KV, KV).status == "equal"
     assert len(runs) == 1
@@ -570,3 +571,11 @@ def test_the_repro_shows_the_difference(cache):
     assert done.returncode == 0, done.stderr
     assert "largest difference" in done.stdout
     assert "largest difference 0," not in done.stdout
+
+
+def test_rows_of_few_elements_are_measured_together():
+    """A sum that cancels, alone in its row, says nothing; a small row of many elements counts as a large one does."""
+    one, off = torch.tensor([[[1e-6], [1.0], [1.0]]]), torch.tensor([[[2e-6], [1.0], [1.0]]])
+    assert distance(one, off).error == pytest.approx(1e-6, rel=1e-3)
+    small = torch.cat([torch.full((1, 16), 1e-3), torch.ones(1, 16)])
+    assert distance(small, small + 1e-6).error == pytest.approx(1e-3, rel=1e-2)
