@@ -478,3 +478,30 @@ def test_which_implementation_serves_extras(target, kind, rows, chosen):
     implementation, passed_over = attention.select(target, *args)
     assert implementation.name == chosen
     assert all(reason for _, reason in passed_over)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("rows", [1, 8, 1000])
+@pytest.mark.parametrize("kind", extras(1, 1))
+def test_extras_at_the_size_of_a_model(assert_as_good_as, kind, rows, dtype):
+    q, k, v = (t.to("cuda") for t in qkv((B, HQ, HKV, rows, 1000, 128, 128), dtype))
+    more = extras(rows, 1000, dtype, "cuda")[kind]
+    live = (torch.rand(B, 1, 1, 1000, device="cuda") < 0.7).to(dtype)
+    for mask, is_causal in ((None, True), ((1 - live) * torch.finfo(dtype).min, False)):
+        args = (q, k, v, mask, 128**-0.5, is_causal, "nan")
+        y = attention.run("triton", *args, **more)
+        assert_as_good_as(y, exact_with(*args, **more, dtype=dtype), exact_with(*args, **more), ULPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["cap", "sink a head"])
+def test_the_scores_are_never_stored(kind):
+    q, k, v = (t.to("cuda") for t in qkv((1, HQ, HKV, 8192, 8192, 64, 64), BF16))
+    more = extras(8192, 1, BF16, "cuda")[kind]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(q, k, v, None, 0.125, True, "nan", *_listed(more))
+    assert torch.cuda.max_memory_allocated() - before < 8192 * 8192
