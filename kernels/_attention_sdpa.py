@@ -49,10 +49,6 @@ def attend(
         mask = _sdpa_mask(mask, causal(rows, keys, q.device) if is_causal else None, q, empty_rows)
         is_causal = False
     on_cpu, one_row = q.device.type == "cpu", known_equal(rows, 1)
-    if q.device.type == "cuda" and q.dtype == torch.float32:
-        # Of the GPU's kernels only the memory-efficient one takes float32, and it knows no groups: SDPA would store
-        # the scores, and scale q and k separately (H200: 2.4 times the error of the spelled-out form).
-        k, v = repeat_heads(q, k), repeat_heads(q, v)
     gqa = not known_equal(q.shape[1], k.shape[1])
     if on_cpu and not one_row and not known_equal(width, value_width):
         # Only heads of one width take the CPU's flash kernel; the zeros cost less than its absence (4 times at 2048).
