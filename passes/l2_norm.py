@@ -16,7 +16,7 @@ from fxopt.graph.symbols import same_shape
 from fxopt.kernels.l2_norm import l2_norm
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
-from fxopt.match.pattern import OneOf, at_least_float32, cast, upcast
+from fxopt.match.pattern import OneOf, cast
 from fxopt.match.region import number
 from fxopt.match.spelling import origin
 from fxopt.rewrite.fusion import Example
@@ -32,8 +32,8 @@ aten = torch.ops.aten
 class FuseL2Norm(PatternFusion):
     """x * rsqrt(sum(x², -1) + eps)   ->   fxopt::l2_norm(x, -1, eps), and x / max(‖x‖, eps) over any dimension
 
-    Refused where a spelled-out sum is not over the last dimension or not in float32 (float64 for float64), or the norm
-    is not Euclidean.
+    Computed in the dtype that the model computes it in. Refused where a spelled-out sum is not over the last dimension,
+    or the norm is not Euclidean.
     """
 
     more_anchors: ClassVar[tuple[Any, ...]] = (aten.linalg_vector_norm.default, aten.linalg_norm, aten.norm)
@@ -45,10 +45,9 @@ class FuseL2Norm(PatternFusion):
 
     def pattern(self, x: Tensor, eps: float) -> Tensor:
         """The forms that spell out the sum of squares."""
-        h = upcast(x)
-        s = h.pow(2).sum(-1, keepdim=True)
+        s = x.pow(2).sum(-1, keepdim=True)
         v = OneOf("eps", sum=s + eps, floor=s.clamp_min(eps), clamp=s.clamp(min=eps), none=s)
-        return cast("out", OneOf("root", rsqrt=h * torch.rsqrt(v), sqrt=h / torch.sqrt(v)))
+        return cast("out", OneOf("root", rsqrt=x * torch.rsqrt(v), sqrt=x / torch.sqrt(v)))
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
         """A spelled-out norm around a sum, or a division by a norm that is one already."""
@@ -69,7 +68,7 @@ class FuseL2Norm(PatternFusion):
         """One call of l2_norm."""
         place = {"clamp": "floor", "none": "sum"}.get(match.tags["eps"], match.tags["eps"])
         given, out = match.val("x").dtype, val(match.outputs[0]).dtype
-        compute = match.tags.get("compute", at_least_float32(given))
+        compute = match.tags.get("compute") or next(val(n).dtype for n in match.nodes if is_call(n, aten.sum))
         casts = (compute if compute != given else None, out if out != compute else None)
         return match.call(l2_norm, match["x"], match.tags.get("dim", -1), match.get("eps", 0.0), place, *casts)
 

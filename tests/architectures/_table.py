@@ -248,7 +248,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "clip": Architecture(
         "multimodal", {"text_config": CLIP_TEXT, "vision_config": CLIP_VISION, "projection_dim": 16},
         lambda: {**text()(), **image()()},
-        {"attention": 2 + 2, "layer_norm": (2 * 2 + 1) + (1 + 2 * 2 + 1)},  # the image's has a norm before its layers
+        # the image's has a norm before its layers
+        {"attention": 2 + 2, "layer_norm": (2 * 2 + 1) + (1 + 2 * 2 + 1), "l2_norm": 2},
     ),
     "siglip": Architecture(
         "multimodal", {"text_config": {**CLIP_TEXT, "projection_size": 32}, "vision_config": VISION},
