@@ -33,7 +33,7 @@ TILE_ROWS = 64
 @fused_op(
     "linear_pair(Tensor x, Tensor w0, Tensor w1, Tensor? b0=None, Tensor? b1=None, int most_rows=0)"
     " -> (Tensor, Tensor)",
-    sources=[_triton.__file__],
+    sources=[_triton.__file__, gated_mlp.__file__],
     contiguous=True,
 )
 def linear_pair(
@@ -49,7 +49,7 @@ def linear_pair(
 @fused_op(
     "linear_triple(Tensor x, Tensor w0, Tensor w1, Tensor w2, Tensor? b0=None, Tensor? b1=None, Tensor? b2=None,"
     " int most_rows=0) -> (Tensor, Tensor, Tensor)",
-    sources=[_triton.__file__],
+    sources=[_triton.__file__, gated_mlp.__file__],
     contiguous=True,
 )
 def linear_triple(

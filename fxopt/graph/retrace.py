@@ -167,11 +167,19 @@ def _fake(placeholder: Node, value: Any, mode: FakeTensorMode) -> Any:
     if isinstance(value, Tensor):
         context = TracingContext.try_get()
         symbolic = context.tensor_to_context.get(value) if context is not None else None
-        source = placeholder.meta.get("_dynamo_source") or getattr(placeholder, "_dynamo_source", None)
+        source = _source(placeholder)
         if symbolic is None:
             return mode.from_tensor(value, static_shapes=True, source=source)
         return mode.from_tensor(value, symbolic_context=symbolic, source=source)
     return placeholder.meta.get("example_value", value)
+
+
+def _source(placeholder: Node) -> Any:
+    """Where in the user's program an input comes from; a copied graph has it in the metadata only.
+
+    Without it a float that became an input gets no symbol, and `.item()` on it nothing to return.
+    """
+    return getattr(placeholder, "_dynamo_source", None) or getattr(placeholder.meta.get("grapharg"), "source", None)
 
 
 def quiet_unbacked(mode: FakeTensorMode) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -241,3 +242,20 @@ def test_saved_tensor_hooks_are_kept(captured):
 
     eager, ours = outcome(captured, program, x, grad=True)
     same(eager, ours)
+
+
+def test_a_float_that_became_an_input_of_a_copied_graph(captured):
+    """Backends copy graphs, and a copy of a node lacks Dynamo's attributes."""
+
+    class Scaled(torch.nn.Module):
+        by = 1.5
+
+        def forward(self, x):
+            return x.softmax(-1) * self.by
+
+    torch._dynamo.reset()
+    run = torch.compile(Scaled(), backend=lambda graph, given: captured(copy.deepcopy(graph), given), dynamic=True)
+    for x in (torch.randn(3, 4), torch.randn(5, 6)):
+        same(x.softmax(-1) * 1.5, run(x))
+    assert captured.graphs
+    assert not captured.reasons
