@@ -1,5 +1,6 @@
 """Right rewrites pass, wrong ones don't, and nobody notices that they were checked."""
 
+import dataclasses
 import importlib.util
 import math
 import subprocess
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from fxopt import cachedir
 from fxopt.ops import fused_op
 from fxopt.rewrite import verdicts
-from fxopt.rewrite.compare import distance
+from fxopt.rewrite.compare import Distance, distance
 from fxopt.rewrite.verify import Verifier
 
 _spec = importlib.util.spec_from_file_location("fxopt_test_sites", Path(__file__).with_name("_sites.py"))
@@ -579,3 +580,25 @@ def test_rows_of_few_elements_are_measured_together():
     assert distance(one, off).error == pytest.approx(1e-6, rel=1e-3)
     small = torch.cat([torch.full((1, 16), 1e-3), torch.ones(1, 16)])
     assert distance(small, small + 1e-6).error == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_what_one_draw_finds_less_exact_is_judged_by_more(monkeypatch):
+    """An original that is exact by luck in the first draw; and a replacement that is less exact in every one."""
+    from fxopt.rewrite import verify as module
+
+    seeds = []
+    measured = module._Check._measured
+
+    def lucky(self, sizes, target, chosen, seed):
+        found = measured(self, sizes, target, chosen, seed)
+        seeds.append(seed)
+        return [dataclasses.replace(one, before=Distance(0.0)) for one in found] if seed == 0 else found
+
+    monkeypatch.setattr(module._Check, "_measured", lucky)
+    x, w = empty(64, 512), empty(512)
+    assert verify(rms_norm, lambda x, w: F.rms_norm(x, (512,), w, 1e-6), x, w).status == "equal"
+    assert len(set(seeds)) == module.DRAWS
+    worse = lambda x, w: F.rms_norm(x.bfloat16(), (512,), w.bfloat16(), 1e-6).float()  # noqa: E731
+    verdict = verify(rms_norm, worse, x, w)
+    assert verdict.status == "failed"
+    assert "less exact" in verdict.detail
