@@ -66,7 +66,9 @@ class Reader:
         if not isinstance(node, Node) or node.op != "call_function" or depth > _DEPTH:
             return self._known.get(node) if isinstance(node, Node) else None
         if node not in self._known:
-            self._known[node] = self._read(node, depth + 1) if is_tensor(node) else None
+            twin = _twins(node, self.x)  # a model that casts q for each of the two products casts it twice
+            found = self._known[self.x] if twin else self._read(node, depth + 1) if is_tensor(node) else None
+            self._known[node] = found
         return self._known[node]
 
     def nodes(self, root: Node) -> set[Node]:
@@ -78,7 +80,8 @@ class Reader:
                 if inside and before is not self.x and before not in found:
                     found.add(before)
                     work.append(before)
-        return found
+        # A twin is computed from what x is computed from: only with that does anybody see that they are equal.
+        return found.union(*(_own(node, self.x) for node in found if _twins(node, self.x)))
 
     def _read(self, node: Node, depth: int) -> Value | None:
         before = source(node)
@@ -213,3 +216,19 @@ def _shape(value: Value) -> tuple[int, ...]:
 def _term(value: Value, table: Node | None) -> Term:
     nothing = np.zeros(_shape(value), dtype=np.int64)
     return value.get(table, Term(nothing, nothing, nothing))
+
+
+def _twins(a: Any, b: Any, depth: int = 4) -> bool:
+    """Whether two nodes are the same casts and changes of layout of one value."""
+    if not isinstance(a, Node) or not isinstance(b, Node) or a is b:
+        return bool(a == b)
+    if depth == 0 or a.target is not b.target or a.kwargs != b.kwargs or len(a.args) != len(b.args):
+        return False
+    moved = is_cast(a) or is_permute(a) or is_reshape(a)
+    return moved and all(_twins(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True))
+
+
+def _own(a: Node, b: Node) -> set[Node]:
+    """What of the twin `a` is not part of `b`, `a` included."""
+    pairs: Any = zip(a.args, b.args, strict=True)
+    return {a}.union(*(_own(x, y) for x, y in pairs if isinstance(x, Node) and x is not y))

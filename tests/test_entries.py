@@ -64,7 +64,7 @@ MODELS = {
     "llama": (DECODER, CAUSAL, {"rms_norm": 3, "attention": 1, **GATED_ROTARY}),
     "qwen3": (DECODER, CAUSAL, {"rms_norm": 5, "attention": 1, **GATED_ROTARY}),
     "mistral": (DECODER, CAUSAL, {"rms_norm": 3, "attention": 1, **GATED_ROTARY}),
-    "gemma2": ({**DECODER, "query_pre_attn_scalar": 8}, CAUSAL, {"rms_norm": 5, **GATED_ROTARY}),
+    "gemma2": ({**DECODER, "query_pre_attn_scalar": 8}, CAUSAL, {"rms_norm": 5, "attention": 1, **GATED_ROTARY}),
     "olmo2": (DECODER, CAUSAL, {"rms_norm": 5, "attention": 1, **GATED_ROTARY}),
     "phi": (ENCODER, CAUSAL, {"layer_norm": 2, "attention": 1, "rotary": 1}),
     "gpt_neox": (ENCODER, CAUSAL, {"layer_norm": 3, "attention": 1, "rotary": 1}),

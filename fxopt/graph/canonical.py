@@ -207,9 +207,10 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
 
 
 def _merge_masks(graph: Graph) -> int:
-    """Integers and booleans that are computed twice in the same way are computed once: masks and positions.
+    """Booleans and int64 that are computed twice in the same way are computed once: masks and positions.
 
-    Floats stay apart, for layers are compiled and rewritten each for itself. Nothing that is written to or returned is
+    Floats stay apart, for layers are compiled and rewritten each for itself, and so do narrower integers: quantised
+    weights, whose every use is a site of its own. Nothing that is written to or returned is
     merged, and nothing that reads what is written to: it may read it before and after.
     """
     written = _written_storages(graph)
@@ -220,7 +221,7 @@ def _merge_masks(graph: Graph) -> int:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
             continue
         value = val(node)
-        if value.is_floating_point() or value.is_complex() or is_mutable(node) or is_random(node):
+        if value.dtype not in (torch.bool, torch.int64) or is_mutable(node) or is_random(node):
             continue
         key = _hashable((node.target, node.args, node.kwargs))
         if key is None or storages(node) & kept or any(storages(n) & written for n in node.all_input_nodes):

@@ -37,4 +37,4 @@ def test_minilm_embeds_as_eager_mode_does():
     model = loaded("minilm")
     eager, made = (embed(model, list(SENTENCES), name) for name in ("eager", "fxopt"))
     assert largest_error(made.vectors, eager.vectors) < 1e-5
-    assert made.report.counts() == {"attention": 6, "layer_norm": 13}
+    assert made.report.counts() == {"attention": 6, "layer_norm": 13, "l2_norm": 1}

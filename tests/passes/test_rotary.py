@@ -325,3 +325,21 @@ def test_after_a_graph_break():
         out = torch.compile(program, backend="fxopt", options={"fusions": ["rotary"]})(q, q, cos, sin)
     assert rec.counts() == {"rotary": 1}
     torch.testing.assert_close(out, program(q, q, cos, sin))
+
+
+def test_a_cast_for_each_of_the_products():
+    def program(x, cos, sin):
+        x = x.transpose(1, 2)
+        return (x.float() * cos + half(x.float()) * sin).to(x.dtype)
+
+    x = torch.randn(2, 5, 4, 32).bfloat16()
+    _, cos, sin = inputs(dtype=torch.bfloat16)
+    check(program, x, cos[:, None, :5], sin[:, None, :5])
+
+
+def test_casts_of_two_values_are_not_taken_for_one():
+    def program(x, y, cos, sin):
+        return x.float() * cos + half(y.float()) * sin
+
+    x, cos, sin = inputs(dtype=torch.bfloat16)
+    check(program, x, x + 1, cos[:, None], sin[:, None], sites=0)
