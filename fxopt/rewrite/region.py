@@ -93,7 +93,7 @@ def _cone(ends: Iterable[Node], inside: Collection[Node]) -> tuple[set[Node], se
     work = list(ends)
     while work:
         node = work.pop()
-        if node not in inside:
+        if node not in inside and not isinstance(val(node), (list, tuple)):  # the parts of a split are no input
             inputs.add(node)
         elif node not in within:
             within.add(node)
