@@ -90,6 +90,8 @@ def isolated(device: torch.device = CPU, default_dtype: torch.dtype = torch.floa
         stack.enter_context(torch._guards.tracing(None))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_few_threads())
+        # What is differentiated here is not for the user's hooks: checkpointing counts what they see.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
         for kind in {"cpu", device.type}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
