@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import is_call, is_cast, is_reshape, is_tensor, is_widening_cast, users, val
+from fxopt.graph.query import is_call, is_cast, is_permute, is_reshape, is_tensor, is_widening_cast, users, val
 from fxopt.graph.symbols import is_static, known_equal, same_shape
 from fxopt.kernels import rotary as ops
 from fxopt.match.legality import illegality
@@ -38,9 +38,13 @@ _REACH = 24
 
 @dataclass(frozen=True)
 class Rotation:
-    """`out` is x rotated by the tables; `nodes` compute it, and `options` are the op's arguments after the tables."""
+    """`out` is x rotated by the tables; `nodes` compute it, and `options` are the op's arguments after the tables.
+
+    `moves` are permutations between x and what is rotated.
+    """
 
     x: Node
+    moves: tuple[Node, ...]
     cos: Node
     sin: Node
     out: Node
@@ -87,10 +91,10 @@ class FuseRotary(Fusion):
         if "angles" in match.bindings:
             tables = match.call(aten.view_as_real.default, match["angles"])
             cos, sin = (match.call(aten.select.int, tables, -1, i) for i in (0, 1))
-        options = match.tags["options"]
-        if "k" not in match.bindings:
-            return match.call(ops.rotary, match["x"], cos, sin, *options)
-        both = match.call(ops.rotary_pair, match["x"], match["k"], cos, sin, *options)
+        options, (x, *k) = match.tags["options"], (_moved(match, name) for name in ("x", "k") if name in match.bindings)
+        if not k:
+            return match.call(ops.rotary, x, cos, sin, *options)
+        both = match.call(ops.rotary_pair, x, *k, cos, sin, *options)
         return match.item(both, 0), match.item(both, 1)
 
     def examples(self) -> Iterable[Example]:
@@ -239,26 +243,47 @@ def _finish(reader: Reader, out: Node, cos: Node, sin: Node, options: dict[str, 
     if len(users(out)) == 1 and is_cast(users(out)[0]) and not rounded and not is_widening_cast(users(out)[0]):
         (out,) = users(out)
         nodes.add(out)
-    x = reader.x
-    if is_widening_cast(x):
-        nodes.update({x} if all(user in nodes for user in users(x)) else ())
-        x = x.args[0]  # type: ignore[assignment]
+    x, moves = _before_cast(reader.x, nodes)
     tables = torch.promote_types(val(cos).dtype, val(sin).dtype)
     compute = wide if torch.promote_types(val(x).dtype, tables) != wide else None
     out_dtype = val(out).dtype if val(out).dtype != wide else None
     if not val(out).dtype.is_floating_point or not wide.is_floating_point:
         return Miss(f"the rotation is computed in {wide}", out, 4)
     arranged = (options["pairs"], options["half_tables"], options["last"], options["inverse"], compute, out_dtype)
-    return Rotation(x, cos, sin, out, frozenset(nodes), arranged)
+    return Rotation(x, moves, cos, sin, out, frozenset(nodes), arranged)
+
+
+def _before_cast(x: Node, nodes: set[Node]) -> tuple[Node, tuple[Node, ...]]:
+    """What x is a wider copy of, and the permutations in between; `nodes` gains what nobody else uses of them."""
+    chain = [x]
+    while is_permute(chain[-1]):
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    if not is_widening_cast(chain[-1]):
+        return x, ()
+    for node in chain:
+        if any(user not in nodes for user in users(node)):
+            break
+        nodes.add(node)
+    return chain[-1].args[0], tuple(reversed(chain[:-1]))  # type: ignore[return-value]
+
+
+def _moved(match: Match, name: str) -> Node:
+    x: Node = match[name]
+    for step in match.tags.get(f"{name} permuted", ()):
+        x = match.call(step.target, x, *step.args[1:], **step.kwargs)
+    return x
 
 
 def _same_tables(a: Rotation, b: Rotation) -> bool:
     alike = a.cos is b.cos and a.sin is b.sin and a.options == b.options and not a.nodes & b.nodes
-    return alike and val(a.x).dtype == val(b.x).dtype and known_equal(val(a.x).shape[-1], val(b.x).shape[-1])
+    return alike and val(a.x).dtype == val(b.x).dtype and known_equal(val(a.out).shape[-1], val(b.out).shape[-1])
 
 
 def _match(first: Rotation, second: Rotation | None = None) -> Match:
     tags = {"pairs": first.options[0], "options": first.options}
+    for name, rotation in (("x", first), ("k", second)):
+        if rotation is not None and rotation.moves:
+            tags[f"{name} permuted"] = rotation.moves
     bindings = {"x": first.x, "cos": first.cos, "sin": first.sin}
     if second is None:
         return Match((first.out,), first.nodes, bindings, tags)

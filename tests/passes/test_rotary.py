@@ -337,6 +337,21 @@ def test_a_cast_for_each_of_the_products():
     check(program, x, cos[:, None, :5], sin[:, None, :5])
 
 
+def test_a_cast_before_a_permutation_of_k_alone():
+    """The cast of k moves before its transposition, that of q, which is scaled after it, can't: still one op."""
+
+    def program(q, k, cos, sin):
+        q, k = q.transpose(1, 2) * 0.5, k.transpose(1, 2)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        rotated = (x.float() * cos + half(x.float()) * sin for x in (q, k))
+        return tuple(x.to(torch.bfloat16) for x in rotated)
+
+    q, cos, sin = inputs(dtype=torch.bfloat16)
+    q, k = q.transpose(1, 2).contiguous(), torch.randn(2, 20, 2, 32).bfloat16()
+    rec = check(program, q, k, cos, sin, op="rotary_pair")
+    assert "aten.to.dtype" not in rec.graphs[0].after  # both casts are the op's
+
+
 def test_casts_of_two_values_are_not_taken_for_one():
     def program(x, y, cos, sin):
         return x.float() * cos + half(y.float()) * sin
