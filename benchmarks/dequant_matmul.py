@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import graph_milliseconds
 from torch import Tensor
 
 from fxopt.backend import fxopt
+from timing import graph_milliseconds
 
 GROUP = 128
 SHAPES = [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from timing import copy_bandwidth, matmul_rate, milliseconds
 
 TUNED = {"coordinate_descent_tuning": True}

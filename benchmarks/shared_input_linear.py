@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import graph_milliseconds
 from torch import Tensor
 
 from fxopt.kernels.shared_input_linear import TILE_ROWS, gated_linear, linear_triple
+from timing import graph_milliseconds
 
 
 def qkv(hidden: int) -> tuple[int, ...]:

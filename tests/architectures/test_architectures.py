@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+import architectures as table
 import fxopt
 
-_spec = importlib.util.spec_from_file_location("fxopt_test_table", Path(__file__).with_name("_table.py"))
-table = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = table
-_spec.loader.exec_module(table)
 ARCHITECTURES = table.ARCHITECTURES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")

@@ -18,11 +18,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fuzz_check import Difference, check, running
-from fuzz_program import FLOATS, Case, InputSpec
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
+
+from fuzz_check import Difference, check, running
+from fuzz_program import FLOATS, Case, InputSpec
 
 _number = st.integers(0, 63)
 _dims = st.lists(st.integers(0, 3), min_size=0, max_size=4).map(tuple)

@@ -8,7 +8,6 @@ wrong in the same way is not fxopt's doing.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,18 +17,15 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from fuzz_patterns import PATTERNS
-from fuzz_program import EXACT, Case, Choices, Program, Writer
-from fuzz_steps import STEPS
 from torch import Tensor
 
 import fxopt
+from fuzz_patterns import PATTERNS
+from fuzz_program import EXACT, Case, Choices, Program, Writer
+from fuzz_steps import STEPS
 
-if "fxopt_test_running" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("fxopt_test_running", Path(__file__).parents[1] / "_running.py")
-    sys.modules["fxopt_test_running"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["fxopt_test_running"])
-running = sys.modules["fxopt_test_running"]
+sys.path.append(str(Path(__file__).parents[1] / "shared"))  # pytest has it there; a program of its own has not
+import running
 
 #: how many units in the last place of the largest value an error may be beyond twice eager's own
 ULPS = 8

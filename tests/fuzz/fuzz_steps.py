@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fuzz_program import Choices, Writer
 
 _UNARY = (

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 import fxopt
-
-sys.path.insert(0, str(Path(__file__).parent))  # see test_fuzz.py
-
 from fuzz_check import running
 
 

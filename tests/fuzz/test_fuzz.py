@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # the fuzzer is a program of several files beside this one
 
 import fuzz
 from fuzz_check import Difference, write

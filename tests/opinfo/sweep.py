@@ -16,7 +16,6 @@ are not run again.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -40,10 +39,8 @@ import fxopt
 from fxopt.graph import query
 from fxopt.rewrite.plugins import fusions
 
-_spec = importlib.util.spec_from_file_location("fxopt_test_running", Path(__file__).parents[1] / "_running.py")
-running = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_running"] = running
-_spec.loader.exec_module(running)
+sys.path.append(str(Path(__file__).parents[1] / "shared"))  # pytest has it there; a program of its own has not
+import running
 
 #: ops whose values are whatever the memory held before: only dtype, shape and strides are compared
 UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from attending import attend, compare, mask_after, mul_after, qkv, randn, repeat_kv, two_masks
 from fxopt.passes.attention import FuseAttention
 from fxopt.passes.raise_softmax import RaiseSoftmax
-
-_spec = importlib.util.spec_from_file_location("fxopt_test_attending", Path(__file__).with_name("_attending.py"))
-_shared = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_attending"] = _shared
-_spec.loader.exec_module(_shared)
-fuser = _shared.fuser
-randn = _shared.randn
-qkv = _shared.qkv
-repeat_kv = _shared.repeat_kv
-attend = _shared.attend
-compare = _shared.compare
-mul_after = _shared.mul_after
-mask_after = _shared.mask_after
-two_masks = _shared.two_masks
 
 aten = torch.ops.aten
 

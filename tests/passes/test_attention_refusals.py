@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-_spec = importlib.util.spec_from_file_location("fxopt_test_attending", Path(__file__).with_name("_attending.py"))
-_shared = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_attending"] = _shared
-_spec.loader.exec_module(_shared)
-fuser = _shared.fuser
-randn = _shared.randn
-qkv = _shared.qkv
-attend = _shared.attend
-compare = _shared.compare
-
+from attending import attend, compare, qkv, randn
 
 # Refusals, each with its reason
 

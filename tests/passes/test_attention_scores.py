@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fxopt
-
-_spec = importlib.util.spec_from_file_location("fxopt_test_attending", Path(__file__).with_name("_attending.py"))
-_shared = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_attending"] = _shared
-_spec.loader.exec_module(_shared)
-fuser = _shared.fuser
-randn = _shared.randn
-qkv = _shared.qkv
-attend = _shared.attend
-repeat_kv = _shared.repeat_kv
-compare = _shared.compare
-
+from attending import attend, compare, qkv, randn
 
 # Each takes (q, k, v, m [2, 4, 5, 7]); heads 4, rows 5, keys 7, width 8.
 

@@ -7,21 +7,13 @@ be fused; none may be fused wrongly.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-_spec = importlib.util.spec_from_file_location("fxopt_test_attending", Path(__file__).with_name("_attending.py"))
-_shared = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_attending"] = _shared
-_spec.loader.exec_module(_shared)
-randn = _shared.randn
+from attending import Fuser, cachedir, randn
 
 N = 4  # every dimension: what is mixed up has the right shape
 almost_causal = torch.ones(N, N).tril().bool()
@@ -144,7 +136,7 @@ def check(choice, fuser):
 
 @pytest.mark.parametrize("examples", [20, pytest.param(150, marks=pytest.mark.slow)])
 def test_what_is_almost_attention_is_not_mistaken(examples, tmp_path, monkeypatch):
-    monkeypatch.setenv(_shared.cachedir.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cachedir.VARIABLE, str(tmp_path))
 
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
@@ -152,7 +144,7 @@ def test_what_is_almost_attention_is_not_mistaken(examples, tmp_path, monkeypatc
     )  # fmt: skip
     @given(programs)
     def run(choice):
-        check(choice, _shared.Fuser())
+        check(choice, Fuser())
 
     run()
 
@@ -166,5 +158,5 @@ def test_every_softmax_with_every_change_of_weights(fuser_of, softmax, weights):
 
 @pytest.fixture
 def fuser_of(tmp_path, monkeypatch):
-    monkeypatch.setenv(_shared.cachedir.VARIABLE, str(tmp_path))
-    return _shared.Fuser
+    monkeypatch.setenv(cachedir.VARIABLE, str(tmp_path))
+    return Fuser

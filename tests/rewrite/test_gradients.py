@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import sites
 from fxopt.graph.scope import needs_gradient
 from fxopt.ops import ANYWHERE
-
-_spec = importlib.util.spec_from_file_location("fxopt_test_sites", Path(__file__).with_name("_sites.py"))
-sites = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_sites"] = sites
-_spec.loader.exec_module(sites)
 
 pytestmark = pytest.mark.usefixtures("_fresh_verdicts")
 

@@ -1,23 +1,16 @@
 """Stand-in sizes are small, distinct, and keep what relates the real ones."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import sites
 from fxopt.rewrite.evaluate import ShapeMismatch, isolated, promote, run_promoted
 from fxopt.rewrite.region import extract, structure
 from fxopt.rewrite.standin import KEEP, Sizes, candidates
 from fxopt.rewrite.trials import fit, trials
-
-_spec = importlib.util.spec_from_file_location("fxopt_test_sites", Path(__file__).with_name("_sites.py"))
-sites = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_sites"] = sites
-_spec.loader.exec_module(sites)
 
 
 def empty(*shape, dtype=torch.float32):

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,9 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 import fxopt
+import torch_forms as _forms
 from fxopt.testing import without_inductor
 
-spec = importlib.util.spec_from_file_location("_forms", Path(__file__).with_name("_forms.py"))
-_forms = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = _forms
-spec.loader.exec_module(_forms)
 FORMS = _forms.FORMS
 
 PAGE = Path(__file__).parents[2] / "docs" / "torch-forms.md"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fxopt
+import saved_memory as saved
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,10 +100,6 @@ def test_steps(net, sites, mode, amp):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["Llama", "Llama, padded", "BERT, padded", "ViT"])
 def test_no_more_is_saved_than_by_inductor(name, attention):
-    path = Path(__file__).parents[2] / "benchmarks" / "saved_memory.py"
-    spec = importlib.util.spec_from_file_location("fxopt_saved_memory", path)
-    saved = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(saved)
     model, inputs = dict(saved.models(attention))[name]()
     there = {key: t.to("cuda", torch.bfloat16 if t.is_floating_point() else None) for key, t in inputs.items()}
     inductor, ours, _ = saved.compare(model.to("cuda", torch.bfloat16).train(), there)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-_path = Path(__file__).parents[2] / "benchmarks" / "saved_memory.py"
-_spec = importlib.util.spec_from_file_location("fxopt_saved_memory", _path)
-saved = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(saved)
+import saved_memory as saved
 
 ALONE = saved.fusions(torch.float32)
 QUICK = ("attention, grouped heads", "attention, mask filled in", "add, RMSNorm", "int8_matmul, learnt scale and bias")

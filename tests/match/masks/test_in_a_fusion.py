@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+import mask_models as models
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.normalise import normal_forms
 from fxopt.kernels.attention import attention
@@ -21,11 +19,6 @@ from fxopt.match.miss import Miss
 from fxopt.rewrite.driver import run_fusions
 from fxopt.rewrite.fusion import Fusion
 from fxopt.rewrite.verify import Verifier
-
-_spec = importlib.util.spec_from_file_location("fxopt_test_mask_models", Path(__file__).with_name("test_models.py"))
-models = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_mask_models"] = models
-_spec.loader.exec_module(models)
 
 aten = torch.ops.aten
 

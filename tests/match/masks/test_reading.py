@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import math
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +13,7 @@ import torch.nn.functional as F
 from fxopt.match.masks import MaskProgram, describe, insert, read_mask
 from fxopt.match.masks.conditions import TRUE
 from fxopt.match.miss import Miss
-
-_spec = importlib.util.spec_from_file_location("fxopt_test_lifting", Path(__file__).with_name("_lifting.py"))
-_shared = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_lifting"] = _shared
-_spec.loader.exec_module(_shared)
-lift = _shared.lift
-program_of = _shared.program_of
+from lifting import lift, program_of
 
 MIN = torch.finfo(torch.float32).min
 INF = math.inf

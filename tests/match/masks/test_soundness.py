@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-_spec = importlib.util.spec_from_file_location("fxopt_test_lifting", Path(__file__).with_name("_lifting.py"))
-_shared = importlib.util.module_from_spec(_spec)
-sys.modules["fxopt_test_lifting"] = _shared
-_spec.loader.exec_module(_shared)
-lift = _shared.lift
+from lifting import lift
 
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
