@@ -14,7 +14,14 @@ thing:
 
 A *transparent* implementation is traced into the compiled graph, where Inductor fuses it with its neighbours; an
 *opaque* one stays a single call. Implementations are tried in the order in which they were declared; the first whose
-`when` gives no objection is used, and the reference is the last resort.
+`when` and `pays` give no objection is used, and the reference is the last resort.
+
+`when` says whether an implementation *can* serve, `pays` whether it is believed to be worth it: a measurement of the
+tuner (`fxopt.tune`) overrules the second, never the first. An implementation that can be launched in several ways names
+those that are worth a measurement in `configs`, and is then called with the one to use, or with None for its own guess:
+
+    @rms_norm.implementation("triton", opaque=True, when=..., configs=lambda x, *_: [{"BLOCK": b} for b in (1024, 4096)])
+    def _(x, weight, eps, *, config=None): ...
 
 The overload is named after a hash of the file that defines the op: AOTAutograd's cache keys on the op's name and would
 otherwise return the gradient, shape rule or kernel of an older version of the file after an edit. What else the op is
@@ -23,9 +30,10 @@ written in (helpers, templates) must be named in `sources`. An op typed into a n
 
 from __future__ import annotations
 
+import functools
 import inspect
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +46,10 @@ from fxopt.sources import defining_file, digest
 NAMESPACE = "fxopt"
 
 When = Callable[..., "str | None"]
+
+#: one way to launch an implementation: block sizes, warps, splits, ... by name
+Config = Mapping[str, int]
+Configs = Callable[..., Iterable[Config]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ ANYWHERE = Target(torch.device("meta"))
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute a fused op. `when(target, *args)` returns an objection in words, or None."""
+    """One way to compute a fused op. `when` and `pays` of (target, *args) return an objection in words, or None."""
 
     name: str  # "sdpa", "triton", "aten", "decomposed" or "reference"
     run: Callable[..., Any]  # same arguments and results as the op
@@ -65,10 +77,23 @@ class Implementation:
     when: When | None = None
     overload: torch._ops.OpOverload | None = None  # of an opaque one: the call that stays in the compiled graph
     version: str = ""  # hash of what it is written in, where the op's own doesn't cover that
+    pays: When | None = None
+    configs: Configs | None = None  # of the op's arguments, every size a number
+
+    def unfit(self, target: Target, *args: Any) -> str | None:
+        """Why this implementation can't serve these arguments there, or None."""
+        if self.opaque and not target.opaque:
+            return 'with tune="off" only what the compiler sees into is used'
+        return self.when(target, *args) if self.when is not None else None
 
     def objection(self, target: Target, *args: Any) -> str | None:
-        """Why this implementation can't serve these arguments there, or None."""
-        return self.when(target, *args) if self.when is not None else None
+        """Why this implementation can't serve these arguments there, or isn't believed to pay, or None."""
+        found = self.unfit(target, *args)
+        return found if found is not None or self.pays is None else self.pays(target, *args)
+
+    def configured(self, config: Config | None) -> Callable[..., Any]:
+        """What computes the op's arguments when launched as `config` says; None: as it thinks best."""
+        return self.run if not config else functools.partial(self.run, config=config)
 
 
 @dataclass
@@ -81,6 +106,7 @@ class FusedOp:
     implementations: list[Implementation] = field(default_factory=list)
     contiguous: bool = False
     sources: tuple[Path, ...] = ()  # the files that the overload's name is a hash of
+    drawn: Callable[..., tuple[Any, ...]] | None = None
     _library: Any = None
     _signature: str = ""  # the schema from its first parenthesis on
     _fake: Callable[..., Any] | None = None
@@ -91,25 +117,39 @@ class FusedOp:
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """All arguments of a call, in order, defaults filled in."""
+        kwargs.pop("config", None)  # how an implementation is launched is not the op's
         bound = inspect.signature(self.reference).bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
 
     def implementation(
-        self, name: str, *, opaque: bool = False, when: When | None = None, sources: Sequence[Path | str] = ()
+        self,
+        name: str,
+        *,
+        opaque: bool = False,
+        when: When | None = None,
+        pays: When | None = None,
+        configs: Configs | None = None,
+        sources: Sequence[Path | str] = (),
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Declare a way to compute the op. Order of declaration is order of preference.
+
+        `when(target, *args)` objects where it can't serve, `pays(target, *args)` where it is not believed to be worth
+        it. `configs(*args)` gives the configurations that the tuner may try besides the implementation's own guess; it
+        then takes one of them as the keyword `config`. Raises ValueError where it has `configs` but no such keyword.
 
         It may be in another file than the op; `sources` are further files that it is written in.
         """
 
         def declare(run: Callable[..., Any]) -> Callable[..., Any]:
+            if configs is not None and "config" not in inspect.signature(run).parameters:
+                raise ValueError(f"{self.name} ({name}) declares configs= but takes no keyword config")
             version = self._version(run, sources)
             overload = None
             if opaque:
                 parts = (self.overload._overloadname, *([version] if version else []), name)
-                overload = self._define("_".join(parts), run)
-            self.implementations.append(Implementation(name, run, opaque, when, overload, version))
+                overload = self._define("_".join(parts), run, configurable=configs is not None)
+            self.implementations.append(Implementation(name, run, opaque, when, overload, version, pays, configs))
             return run
 
         return declare
@@ -127,7 +167,15 @@ class FusedOp:
         self._fake = fn
         for overload in (self.overload, *(i.overload for i in self.implementations)):
             if overload is not None:
-                torch.library.register_fake(_qualified(overload), fn, lib=self._library, allow_override=True)
+                self._register_fake(overload)
+        return fn
+
+    def draw(self, fn: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """Declare how the tuner draws arguments: takes meta tensors and numbers, returns real ones of their kind.
+
+        Needed where normal numbers and integers that are all 0 won't do (packed weights, tables of indices).
+        """
+        self.drawn = fn
         return fn
 
     def select(self, target: Target, *args: Any) -> tuple[Implementation, list[tuple[str, str]]]:
@@ -135,20 +183,18 @@ class FusedOp:
         passed_over: list[tuple[str, str]] = []
         for candidate in self.implementations:
             objection = candidate.objection(target, *args)
-            if candidate.opaque and not target.opaque:
-                objection = 'with tune="off" only what the compiler sees into is used'
             if objection is None:
                 return candidate, passed_over
             passed_over.append((candidate.name, objection))
         return Implementation("reference", self.reference), passed_over
 
-    def run(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
+    def run(self, implementation: str, *args: Any, config: Config | None = None, **kwargs: Any) -> Any:
         """Run one named implementation directly, whatever its `when` says (tests and benchmarks)."""
         if implementation == "reference":
             return self.reference(*args, **kwargs)
         for candidate in self.implementations:
             if candidate.name == implementation:
-                return candidate.run(*self.bind(*args, **kwargs))
+                return candidate.configured(config)(*self.bind(*args, **kwargs))
         known = ", ".join([i.name for i in self.implementations] + ["reference"])
         raise ValueError(f"{self.name} has no implementation {implementation!r}; it has {known}")
 
@@ -162,27 +208,45 @@ class FusedOp:
         files = _existing(home, *sources)
         return "" if set(files) <= set(self.sources) else digest(files)
 
-    def _define(self, overload_name: str, run: Callable[..., Any]) -> torch._ops.OpOverload:
-        """An overload of the op that runs `run`, with no choice left to make when it is called."""
+    def _define(
+        self, overload_name: str, run: Callable[..., Any], *, configurable: bool = False
+    ) -> torch._ops.OpOverload:
+        """An overload of the op that runs `run`, with no choice left to make when it is called.
+
+        A configurable one has a keyword more than the op: the configuration, as `spelled`.
+        """
         parameters = inspect.signature(self.reference).parameters.values()
         defaults = tuple(p.default for p in parameters)
 
-        def call(*args: Any) -> Any:
-            return run(*args, *defaults[len(args) :])  # the dispatcher drops trailing defaults
+        def call(*args: Any, config: str = "") -> Any:
+            given = {"config": parsed(config)} if config else {}
+            return run(*args, *defaults[len(args) :], **given)  # the dispatcher drops trailing defaults
 
         known = getattr(getattr(torch.ops, NAMESPACE), self.name, None)
-        name = f"{self.name}.{overload_name}"
+        name, signature = f"{self.name}.{overload_name}", self._signature
+        if configurable:
+            taken, returned = signature.rsplit(") ->", 1)
+            signature = f'{taken}, *, str config="") ->{returned}'
         if known is None or overload_name not in known.overloads():
-            self._library.define(name + self._signature, tags=(torch.Tag.pt2_compliant_tag,))
+            self._library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
         self._library.impl(name, call, "CompositeExplicitAutograd", allow_override=True)
         overload = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload_name)
         torch.library.register_autograd(
             _qualified(overload), self._backward, setup_context=_save_arguments, lib=self._library
         )
-        if self._fake is not None:
-            torch.library.register_fake(_qualified(overload), self._fake, lib=self._library, allow_override=True)
+        self._register_fake(overload)
         _OPS[overload] = self
         return overload
+
+    def _register_fake(self, overload: torch._ops.OpOverload) -> None:
+        fake = self._fake
+        if fake is None:
+            return
+
+        def call(*args: Any, config: str = "") -> Any:
+            return fake(*args)
+
+        torch.library.register_fake(_qualified(overload), call, lib=self._library, allow_override=True)
 
     def _execute(self, *args: Any) -> Any:
         device = next(a.device for a in args if isinstance(a, Tensor))
@@ -236,8 +300,8 @@ def fused_op(
 
     def define(reference: Callable[..., Any]) -> FusedOp:
         name, rest = schema.split("(", 1)
-        parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
-        if [a.name for a in parsed.arguments] != list(inspect.signature(reference).parameters):
+        schema_ = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+        if [a.name for a in schema_.arguments] != list(inspect.signature(reference).parameters):
             raise ValueError(f"the parameters of {reference.__qualname__} are not those of the schema {schema!r}")
         home = defining_file(reference)
         # Without a file nobody can tell one version from another: each definition is one of its own.
@@ -250,6 +314,16 @@ def fused_op(
         return op
 
     return define
+
+
+def spelled(config: Config) -> str:
+    """A configuration as text: "BLOCK_K=512 BLOCK_N=8"."""
+    return " ".join(f"{name}={int(config[name])}" for name in sorted(config))
+
+
+def parsed(text: str) -> dict[str, int]:
+    """The configuration that `spelled` wrote. Raises ValueError for another text."""
+    return {name: int(value) for name, _, value in (word.partition("=") for word in text.split())}
 
 
 def versions() -> list[str]:
@@ -269,7 +343,7 @@ def _qualified(overload: torch._ops.OpOverload) -> str:
     return f"{overload.namespace}::{overload._schema.name.split('::')[1]}.{overload._overloadname}"
 
 
-def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
     tensors = [a for a in inputs if isinstance(a, Tensor)]
     where = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
     rest = [None if isinstance(a, Tensor) else a for a in inputs]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from attending import Fuser, cachedir, randn
+from attending import Fuser, randn
+from fxopt import cachedir
 
 N = 4  # every dimension: what is mixed up has the right shape
 almost_causal = torch.ones(N, N).tril().bool()

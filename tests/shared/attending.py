@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from torch import Tensor
 
-from fxopt import cachedir
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.retrace import retrace
 from fxopt.match.miss import NearMiss
 from fxopt.passes.attention import FuseAttention
 from fxopt.passes.raise_einsum import RaiseEinsum
 from fxopt.passes.raise_softmax import RaiseSoftmax
-from fxopt.rewrite import verdicts
 from fxopt.rewrite.driver import run_fusions
 from fxopt.rewrite.verify import Verifier
 
@@ -60,13 +57,6 @@ class Fuser:
     @property
     def reasons(self):
         return " | ".join(m.reason for m in self.misses)
-
-
-@pytest.fixture
-def fuser(tmp_path, monkeypatch):
-    monkeypatch.setenv(cachedir.VARIABLE, str(tmp_path))  # verdicts are taken here, not looked up
-    verdicts.clear()
-    return Fuser()
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
