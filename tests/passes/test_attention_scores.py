@@ -198,11 +198,13 @@ HALF = [soft_cap, soft_cap_scaled, sink, sink_first, scale_per_head, divided_per
         head_mask, gated_mixture, scores_from_a_linear_layer, talking_heads]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", HALF, ids=lambda f: f.__name__)
+# soft_cap's mask of -1e30 does not fit into float16.
+@pytest.mark.parametrize(
+    "form, dtype",
+    [(form, dtype) for form in HALF for dtype in (torch.bfloat16, torch.float16)[: 1 if form is soft_cap else 2]],
+    ids=lambda p: getattr(p, "__name__", None),
+)
 def test_form_in_half_precision(fuser, form, dtype):
-    if form is soft_cap and dtype == torch.float16:
-        pytest.skip("-1e30 does not fit")
     inputs = inputs_of(form, dtype)
     actual = fuser.run(form, *inputs)
     assert fuser.sites == SITES.get(form, 1), fuser.reasons
