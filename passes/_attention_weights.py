@@ -10,6 +10,7 @@ heads mixed                     Σ_g W[h, g] P_g v_h: P [v_0, v_1, ...] with wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from fxopt.graph.symbols import Dim, known_equal, same_shape
 from fxopt.match.axes import Layout, is_layout, same_layout, through
 from fxopt.match.miss import Miss
 from fxopt.match.region import Step, carried, number, passes_on
-from fxopt.passes._attention_program import HEADS, Fill, Instruction, Sink
+from fxopt.passes._attention_program import HEADS, Add, Fill, Instruction, Sink
 from fxopt.passes._attention_scores import is_keys
 
 MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default)
@@ -300,6 +301,8 @@ def _blanked(node: Node, position: int, program: Sequence[Instruction]) -> Chang
         if fill.keep == keep and same_value(fill.condition, condition):
             if torch.is_grad_enabled():
                 return "where gradients flow, those of rows without a live key would be NaN"
+            if fill.value > -math.inf and any(isinstance(i, (Add, Fill)) and i is not fill for i in program):
+                return "weights are blanked where scores were filled with a finite number beside another mask"
             return Blank(condition, keep, every=True)
     return f"{node.target} is applied to the attention weights at other positions than were masked"
 

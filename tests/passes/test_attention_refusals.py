@@ -148,6 +148,13 @@ def weights_masked_afterwards(q, k, v, m):
     return torch.softmax(q @ k.mT, -1).masked_fill(m > 0, 0.0) @ v
 
 
+def weights_blanked_beside_another_mask(q, k, v, m):
+    """A row whose kept keys the first mask rules out is blank altogether, although not every key of it is masked."""
+    gone = m > 1
+    scores = (q @ k.mT + m.masked_fill(m < 0, -torch.inf)).masked_fill(gone, torch.finfo(torch.float32).min)
+    return torch.softmax(scores, -1).masked_fill(gone, 0.0) @ v
+
+
 def global_maximum_subtracted(q, k, v, m):
     scores = q @ k.mT
     return attend(scores - scores.max(), v)
@@ -181,6 +188,7 @@ REFUSED = {
     columns_on_both_sides: "columns are concatenated to the scores on both sides",
     weights_scaled_key_by_key: "multiplied key by key",
     weights_divided_by_the_sum_of_others: "in more than one way",
+    weights_blanked_beside_another_mask: "filled with a finite number beside another mask",
     weights_blanked_elsewhere: "at other positions than were masked",
     heads_mixed_too_wide: "side by side they are wider",
     rows_mixed: "go through a linear layer",
