@@ -30,6 +30,7 @@ from fxopt.lower.compile import (
     compile_graph,
     gradients_flow,
     missing_compiler,
+    patches,
     run_eagerly,
     start_compilers,
     uses_cuda_graphs,
@@ -46,6 +47,7 @@ from fxopt.rewrite.fusion import Fusion, Precision, Verdict
 from fxopt.rewrite.guard import GraphBroken
 from fxopt.rewrite.plugins import fusions
 from fxopt.rewrite.verify import Verifier
+from fxopt.tune import session, store
 from fxopt.view.recall import keep, recall
 from fxopt.view.record import drawn, publish, recording
 from fxopt.view.report import AFTER_AOT, GraphReport, Site
@@ -93,6 +95,7 @@ def fxopt(
 def reset() -> None:
     """Forget what was learnt in this process (torch._dynamo.reset() calls this)."""
     verdicts.clear()
+    store.clear()
 
 
 fxopt.reset = reset  # type: ignore[attr-defined]
@@ -138,13 +141,14 @@ def _rewritten(
     verifier = Verifier(options.verify, target=target)
     selected = _selected(known, options)
     parts = _normalise(module, example_inputs, report)
-    if not parts:
-        return _after_aot(module, example_inputs, selected, options, verifier, report)
-    with autocast.off() as run_without:  # the normal form holds its casts
-        if not sum([_fuse(part, selected, verifier, report) for part in parts]):
-            return None
-        _place(parts, target, report)
-        return run_without(_compile_outlined(parts[0], example_inputs, options, target.training, report))
+    with session(options.tune, target, patches(options)):
+        if not parts:
+            return _after_aot(module, example_inputs, selected, options, verifier, report)
+        with autocast.off() as run_without:  # the normal form holds its casts
+            if not sum([_fuse(part, selected, verifier, report) for part in parts]):
+                return None
+            _place(parts, target, report)
+            return run_without(_compile_outlined(parts[0], example_inputs, options, target.training, report))
 
 
 def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> list[GraphModule]:
@@ -201,7 +205,7 @@ def _after_aot(
             warn_once(reason)
             run, _ = run_after_aot(module, example_inputs, rewrite)
         else:
-            identity = pass_identity(selected, (options.verify, verifier.target))
+            identity = pass_identity(selected, (options.verify, verifier.target, options.tune, store.fingerprint()))
             key = f"{identity} {options!r} {_text([module])}"
             run, graphs = compile_after_aot(module, example_inputs, options, rewrite, identity)
             if graphs:

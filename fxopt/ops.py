@@ -20,7 +20,7 @@ A *transparent* implementation is traced into the compiled graph, where Inductor
 tuner (`fxopt.tune`) overrules the second, never the first. An implementation that can be launched in several ways names
 those that are worth a measurement in `configs`, and is then called with the one to use, or with None for its own guess:
 
-    @rms_norm.implementation("triton", opaque=True, when=..., configs=lambda x, *_: [{"BLOCK": b} for b in (1024, 4096)])
+    @rms_norm.implementation("triton", opaque=True, when=..., configs=lambda x, *_: [{"BLOCK": 1024}, {"BLOCK": 4096}])
     def _(x, weight, eps, *, config=None): ...
 
 The overload is named after a hash of the file that defines the op: AOTAutograd's cache keys on the op's name and would
@@ -117,8 +117,10 @@ class FusedOp:
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """All arguments of a call, in order, defaults filled in."""
-        kwargs.pop("config", None)  # how an implementation is launched is not the op's
-        bound = inspect.signature(self.reference).bind(*args, **kwargs)
+        signature = inspect.signature(self.reference)
+        if "config" not in signature.parameters:
+            kwargs.pop("config", None)  # how an implementation is launched is not the op's
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
 

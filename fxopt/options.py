@@ -10,7 +10,7 @@ from typing import Any
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 VERIFY = ("off", "meta", "numeric", "strict")
-TUNE = ("off", "auto")
+TUNE = ("off", "auto", "full")
 OUTLINE = ("off", "auto", "always")
 
 
@@ -26,8 +26,9 @@ class Options:
     disable   these fusions don't run
     verify    "off": rewrites are taken on trust; "meta": shapes, dtypes, strides and aliasing are compared;
               "numeric": numbers too, within a budget; "strict": no budget, and what could not be checked is undone
-    tune      "auto": opaque kernels are used where they were measured to pay; "off": only implementations that Inductor
-              sees into, so that nothing depends on a measurement
+    tune      "auto": opaque kernels are used where they were measured to pay, here before or in what ships with fxopt;
+              "full": what was not measured before is measured now (seconds an op), verified first, and remembered;
+              "off": only implementations that Inductor sees into, so that nothing depends on a measurement
     outline   "auto": layers that repeat are compiled once, in inference on the CPU (but for those that write caches);
               "always": wherever torch can, on a GPU and in training too, where Inductor then reuses no memory;
               "off": every layer is compiled for itself

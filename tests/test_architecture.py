@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "fxopt"
-STAGES = ["graph", "match", "rewrite", "lower", "view"]
+STAGES = ["graph", "match", "rewrite", "tune", "lower", "view"]
 FILES = [f for stage in STAGES for f in sorted((ROOT / stage).glob("*.py"))]
 
 

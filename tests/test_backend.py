@@ -61,7 +61,7 @@ def test_modes_are_inductors(mode):
         ("reduce-overheads", None, "did you mean 'reduce-overhead'"),
         (None, {"verfy": "off"}, "did you mean 'verify'"),
         (None, {"verify": "numerics"}, "did you mean 'numeric'"),
-        (None, {"tune": "on"}, "known: off, auto"),
+        (None, {"tune": "ful"}, "did you mean .full.*known: off, auto, full"),
         (None, {"fusions": ["rmsnorm"]}, "did you mean 'rms_norm'"),
         (None, {"disable": "atention"}, "did you mean 'attention'"),
         (None, {"inductor": ["x"]}, "takes a dict"),

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.query import val
 from fxopt.lower.strides import restore_strides
-from fxopt.ops import FusedOp, Implementation, Target, find_op
+from fxopt.ops import FusedOp, Implementation, Target, find_op, spelled
 from fxopt.rewrite.driver import STANDS_FOR
+from fxopt.tune import Chosen, choose
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,19 @@ def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
         args = op.bind(*node.args, **node.kwargs)
         fakes = tree_map(val, args)
         device = next(f.device for f in fakes if isinstance(f, Tensor))
-        chosen, passed_over = op.select(replace(target, device=device), *fakes)
+        decision = choose(op, replace(target, device=device), fakes)
+        chosen = decision.implementation
         name, made_by = node.name, node.meta.get("fxopt")
         if chosen.overload is not None:
             node.target = chosen.overload
+            if decision.config:
+                node.kwargs = {**node.kwargs, "config": spelled(decision.config)}
             code = _source(chosen)
         else:
-            code = _inline(module.graph, node, op, chosen, args, traces)
-        choices.append(Choice(name, op.name, chosen.name, made_by, tuple(passed_over), code))
+            code = _inline(module.graph, node, op, decision, args, traces)
+        if decision.note:
+            code = f"# measured: {decision.note}\n{code}"
+        choices.append(Choice(name, op.name, chosen.name, made_by, decision.passed_over, code))
     for node in list(module.graph.nodes):
         if STANDS_FOR in node.meta:  # an opaque call, or a raised form that stayed in part
             _restore(module.graph, node)
@@ -77,12 +83,13 @@ def _source(chosen: Implementation) -> str:
 
 
 def _inline(
-    graph: Graph, node: Node, op: FusedOp, chosen: Implementation, args: tuple[Any, ...], traces: dict[Any, GraphModule]
+    graph: Graph, node: Node, op: FusedOp, chosen: Chosen, args: tuple[Any, ...], traces: dict[Any, GraphModule]
 ) -> str:
     """Put the trace of `chosen` in the place of `node`; the trace as text."""
+    run = chosen.implementation.configured(chosen.config)
     leaves, structure = tree_flatten(args)
     dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
-    key = (op.name, chosen.name, tuple(_key(leaf) for leaf in leaves))
+    key = (op.name, chosen.implementation.name, spelled(chosen.config or {}), tuple(_key(leaf) for leaf in leaves))
     traced = traces.get(key)
     if traced is None:
 
@@ -90,7 +97,7 @@ def _inline(
             filled = list(leaves)
             for i, value in zip(dynamic, values, strict=True):
                 filled[i] = value
-            return chosen.run(*tree_unflatten(filled, structure))
+            return run(*tree_unflatten(filled, structure))
 
         traced = traces[key] = _trace(program, [val(leaves[i]) for i in dynamic])
     results = _copy(graph, node, op, traced, [leaves[i] for i in dynamic])
