@@ -29,6 +29,7 @@ from fxopt.passes._attention_scores import is_keys
 
 MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default)
 _ADDS = (aten.add.Tensor, aten.sub.Tensor)
+_DIVS = (aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)  # without a rounding mode
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 
 
@@ -207,7 +208,7 @@ def _between(end: Node, members: set[Node]) -> list[Node]:
 def _is_mixing(node: Node, weights: Node) -> bool:
     """Whether weights are followed through an op that is not pointwise: a linear layer, or a sum that divides them."""
     if is_call(node, aten.sum.dim_IntList):
-        quotients = [u for user in (node, *users(node)) for u in users(user) if is_call(u, aten.div)]
+        quotients = [u for user in (node, *users(node)) for u in users(user) if is_call(u, *_DIVS)]
         return any(q.args[0] is weights for q in quotients)
     return node.target in (aten.linear.default, aten.nan_to_num.default)
 
@@ -226,9 +227,10 @@ def _change(step: Step, layout: Layout, program: Sequence[Instruction]) -> Chang
         return f"{node.target} is applied to the attention weights"
     position = positions[0]
     other = node.args[1 - position] if position < 2 and len(node.args) > 1 else None
-    if is_call(node, aten.mul, aten.div) and not (position and is_call(node, aten.div)) and len(node.args) == 2:
+    divides = is_call(node, *_DIVS)
+    if (divides or is_call(node, aten.mul)) and not (position and divides) and len(node.args) == 2:
         if one_a_row(other):
-            return Rescale(other, is_call(node, aten.div))
+            return Rescale(other, divides)
         return f"the attention weights are multiplied key by key in {node.name}"
     if node.target in _ADDS and is_keys(layout[-1], layout):
         given = arguments(node)
@@ -326,7 +328,9 @@ def _clears_nan(step: Step) -> bool:
 def _divides_by_sum(step: Step, layout: Layout) -> bool:
     """Whether the step divides each row of the weights by its own sum over the keys."""
     node = step.node
-    if not is_call(node, aten.div) or node.args[0] is not step.before or step.others or not is_keys(layout[-1], layout):
+    if not is_call(node, *_DIVS) or node.args[0] is not step.before or step.others:
+        return False
+    if not is_keys(layout[-1], layout):
         return False
     divisor, kept = node.args[1], False
     rank = val(step.before).dim()

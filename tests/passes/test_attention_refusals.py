@@ -155,6 +155,14 @@ def weights_blanked_beside_another_mask(q, k, v, m):
     return torch.softmax(scores, -1).masked_fill(gone, 0.0) @ v
 
 
+def weights_divided_and_rounded(q, k, v, m):
+    return torch.div(torch.softmax(q @ k.mT, -1), 0.1, rounding_mode="floor") @ v
+
+
+def scores_divided_and_rounded(q, k, v, m):
+    return attend(torch.div(q @ k.mT, 0.1, rounding_mode="trunc"), v)
+
+
 def global_maximum_subtracted(q, k, v, m):
     scores = q @ k.mT
     return attend(scores - scores.max(), v)
@@ -189,6 +197,8 @@ REFUSED = {
     weights_scaled_key_by_key: "multiplied key by key",
     weights_divided_by_the_sum_of_others: "in more than one way",
     weights_blanked_beside_another_mask: "filled with a finite number beside another mask",
+    weights_divided_and_rounded: "aten.div.Tensor_mode is applied to the attention weights",
+    scores_divided_and_rounded: "the scores go through div",
     weights_blanked_elsewhere: "at other positions than were masked",
     heads_mixed_too_wide: "side by side they are wider",
     rows_mixed: "go through a linear layer",

@@ -345,6 +345,12 @@ def packed(positions):
     return (segment[:, None, :, None] == segment[:, None, None, :]) & (j <= i) & (i - j < 3)
 
 
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+def test_a_division_by_one_that_rounds_changes_its_value(mode):
+    bias = torch.tensor([[-1.5, 0.5, -0.25, 2.0]])
+    lift(lambda x: torch.div(x, 1.0, rounding_mode=mode)[:, None, None].expand(1, 1, 4, 4), bias)(bias * 3 - 0.1)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_positions_within_a_segment_are_places(dynamic):
     first = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [5, 6, 7, 8, 9, 2, 3, 4]])
