@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.graph.symbols import known_equal, known_true
-from fxopt.kernels import _flash
+from fxopt.kernels._flash_parts import float32_mask
 
 # Float32 adds no score of float16 operands to a number of this size.
 ABSORBING = -1e25
@@ -31,8 +31,11 @@ def attend(
     is_causal: bool,
     empty_rows: str,
     sink: Tensor | None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """The `attention` op (without soft cap and factor) by F.scaled_dot_product_attention."""
+    mask = with_bounds(mask, first, last, k.shape[2], empty_rows)
     width, value_width, dtype = q.shape[3], v.shape[3], v.dtype
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (t if t.dtype == common else t.to(common) for t in (q, k, v))
@@ -66,6 +69,29 @@ def attend(
     if not known_equal(out.shape[3], value_width):
         out = out[..., :value_width]
     return out if out.dtype == dtype else out.to(dtype)
+
+
+def within_bounds(first: Tensor | None, last: Tensor | None, keys: int) -> Tensor | None:
+    """[B or 1, Hq or 1, M or 1, N], True where first <= key <= last; None without bounds."""
+    live: Tensor | None = None
+    for bound, below in ((first, True), (last, False)):
+        if bound is not None:
+            key = torch.arange(keys, device=bound.device)
+            part = key >= bound[..., None] if below else key <= bound[..., None]
+            live = part if live is None else live & part
+    return live
+
+
+def with_bounds(
+    mask: Tensor | None, first: Tensor | None, last: Tensor | None, keys: int, empty_rows: str
+) -> Tensor | None:
+    """`mask` with the bounds of each row in it."""
+    live = within_bounds(first, last, keys)
+    if live is None or mask is None:
+        return live if mask is None else mask
+    if mask.dtype == torch.bool:
+        return mask & live
+    return torch.where(live, mask, ABSORBING if empty_rows == "uniform" else -torch.inf)
 
 
 def attend_filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, is_causal: bool) -> Tensor:
@@ -164,7 +190,7 @@ def _sdpa_mask(mask: Tensor, causal: Tensor | None, q: Tensor, empty_rows: str) 
             mask = torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)).to(q.dtype)
         elif mask.dtype not in (q.dtype, torch.float32):
             # On the CPU a float32 mask serves any q, and only float64's minima have to be kept finite.
-            mask = _flash.float32_mask(mask)
+            mask = float32_mask(mask)
         if causal is not None:
             mask = torch.where(causal, mask, -torch.inf)
     if empty_rows == "nan":

@@ -10,6 +10,9 @@ On the way to the softmax scores may be multiplied by a tensor, capped softly (G
 
     s = scale · q kᵀ · factor;  s = c · tanh(s / c);  s = s + mask;  weights = softmax([s, sink])[:N]
 
+A row's keys may be bounded: `first` and `last`, one number a row, say what causality with an offset, sliding windows,
+chunks, caches that are filled in part and packed sequences say, without a mask of M x N elements.
+
 Rows with no live key (every score -inf) come in two kinds: a spelled-out softmax gives NaN there,
 F.scaled_dot_product_attention gives 0. `empty_rows` says which. A row that is masked with a finite number, as
 torch.finfo(dtype).min, has live keys: plain arithmetic makes its weights uniform.
@@ -28,16 +31,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.graph.symbols import known_equal, known_true
-from fxopt.kernels import _attention_sdpa, _flash, _triton
-from fxopt.kernels._attention_sdpa import ABSORBING, causal, group_rows, repeat_heads
+from fxopt.graph.symbols import hint, known_equal, known_true
+from fxopt.kernels import _attention_sdpa, _flash, _flash_decode, _flash_parts, _flash_tiles, _triton
+from fxopt.kernels._attention_sdpa import ABSORBING, causal, group_rows, repeat_heads, with_bounds, within_bounds
+from fxopt.kernels._flash_decode import MAX_DECODE_ROWS
 from fxopt.ops import Target, fused_op
 
 
 @fused_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False,"
-    ' str empty_rows="nan", float? softcap=None, Tensor? sink=None, Tensor? factor=None) -> Tensor',
-    sources=[_triton.__file__, _flash.__file__, _attention_sdpa.__file__],
+    ' str empty_rows="nan", float? softcap=None, Tensor? sink=None, Tensor? factor=None, Tensor? first=None,'
+    " Tensor? last=None) -> Tensor",
+    sources=[str(m.__file__) for m in (_triton, _flash, _flash_decode, _flash_parts, _flash_tiles, _attention_sdpa)],
     contiguous=True,
 )
 def attention(
@@ -51,11 +56,14 @@ def attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     factor: Tensor | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """Attention of `q` [B, Hq, M, D] over `k` [B, Hkv, N, D] and `v` [B, Hkv, N, Dv]; Hq is a multiple of Hkv.
 
     `mask` broadcasts to [B, Hq, M, N]: bool (True attends) or a float that is added to the scaled scores. `is_causal`
-    further restricts row i to the keys j <= i. Returns [B, Hq, M, Dv] in v's dtype, computed in at least float32.
+    further restricts row i to the keys j <= i; the integers `first` and `last` (which broadcast to [B, Hq, M]) restrict
+    it to first <= j <= last as a boolean mask would. Returns [B, Hq, M, Dv] in v's dtype, computed in at least float32.
     `empty_rows` is the result of rows in which every score is -inf: "nan" or "zero". With "uniform" a boolean mask
     fills in a huge finite number in place of -inf, so rows that it masks throughout are averages.
     `factor` (broadcasts to [B, Hq, M, N]) multiplies the scaled scores and `softcap` keeps them within +-softcap, both
@@ -74,6 +82,9 @@ def attention(
     if mask is not None:
         filling = ABSORBING if empty_rows == "uniform" else -torch.inf
         scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask.to(compute)
+    live = within_bounds(first, last, keys)
+    if live is not None:
+        scores = torch.where(live, scores, ABSORBING if empty_rows == "uniform" else -torch.inf)
     if is_causal:
         scores = torch.where(causal(rows, keys, q.device), scores, -torch.inf)
     weights = _softmax(scores, sink)
@@ -99,6 +110,8 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
 # From so many keys on, decoding is worth a kernel of its own.
 DECODE_KEYS = 1024
 MAX_WIDTH = 256
+# From so many elements on, bounds are not made a mask for SDPA.
+MASK_ELEMENTS = 1 << 18
 # From so many rows on, copying K and V to put a sink beside them is little beside the products.
 SINK_ROWS = 32
 
@@ -122,19 +135,25 @@ def _triton_objection(
     softcap: float | None,
     sink: Tensor | None,
     factor: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
 ) -> str | None:
     """The one place that says where the Triton kernels are preferred: for few rows over many keys, and where SDPA
-    can't help or would need the sink as a key, which costs a copy of K and V, half a tile of width and a mask."""
-    if empty_rows == "uniform" and sink is None:
-        return "the Triton kernel leaves empty rows NaN or 0"
-    if _beyond_sdpa(softcap, factor) is None and sink is None:
+    can't help, would need the bounds of many rows as a mask, or the sink as a key, which costs a copy of K and V, half
+    a tile of width and a mask."""
+    bounded = first is not None or last is not None
+    if empty_rows == "uniform" and sink is None and bounded and (_adds(mask) or is_causal):
+        return "the Triton kernel averages rows that are empty over all keys, not over some"
+    if empty_rows == "uniform" and sink is None and is_causal and mask is not None:
+        return "the Triton kernel averages rows that are empty over all keys, not over some"
+    if _beyond_sdpa(softcap, factor) is None and sink is None and not (bounded and _many(q, k)):
         if not target.compiled:
             return "op by op, SDPA's launch costs the host less"
         if not target.cuda_graphs:
             # H200, 8-layer 8B shape, one row over 2048 keys: a step of 4.6 ms against Inductor's 3.1 ms.
             return "outside a CUDA graph it was measured to be slower"
-        if not known_true(q.shape[2] <= _flash.MAX_DECODE_ROWS):
-            return f"SDPA is faster for more than {_flash.MAX_DECODE_ROWS} query rows"
+        if not known_true(q.shape[2] <= MAX_DECODE_ROWS):
+            return f"SDPA is faster for more than {MAX_DECODE_ROWS} query rows"
         if not known_true(k.shape[2] >= DECODE_KEYS):
             return f"SDPA is as fast for fewer than {DECODE_KEYS} keys"
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (q, k, v)):
@@ -142,6 +161,11 @@ def _triton_objection(
     if not known_true(q.shape[3] <= MAX_WIDTH) or not known_true(v.shape[3] <= MAX_WIDTH):
         return f"the Triton kernel serves heads up to {MAX_WIDTH} wide"
     return _triton.needs_gpu(target)
+
+
+def _many(q: Tensor, k: Tensor) -> bool:
+    """Whether a mask of this size is one to avoid, by the sizes of the first call (every choice is right)."""
+    return hint(q.shape[2]) * hint(k.shape[2]) >= MASK_ELEMENTS
 
 
 @attention.implementation("triton", opaque=True, when=_triton_objection)
@@ -156,14 +180,14 @@ def _(
     softcap: float | None,
     sink: Tensor | None,
     factor: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
 ) -> Tensor:
-    return _flash.flash_attention(
-        q, k, v, mask, scale, is_causal, empty_rows == "zero", softcap=softcap, sink=sink, factor=factor
-    )
+    return _flash.flash_attention(q, k, v, mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last)
 
 
 def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
-    scale, _, empty_rows, softcap, sink, factor = rest
+    scale, _, empty_rows, softcap, sink, factor, first, last = rest
     beyond = _beyond_sdpa(softcap, factor)  # type: ignore[arg-type]
     if beyond is not None:
         return beyond
@@ -174,7 +198,7 @@ def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
         return "SDPA's flash kernels take the maximum before scaling, which needs a positive scale"
     if target.training and _adds(mask) and empty_rows != "zero" and sink is None:
         return "flash kernels give rows that are masked by a finite number other gradients"
-    if target.training and _fills(mask, empty_rows, sink):
+    if target.training and _fills(mask, empty_rows, sink, first, last):
         return "flash kernels give rows that a fill leaves empty other gradients"
     return None
 
@@ -183,32 +207,48 @@ def _adds(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype != torch.bool
 
 
-def _fills(mask: Tensor | None, empty_rows: object, sink: object) -> bool:
+def _fills(mask: Tensor | None, empty_rows: object, sink: object, first: object, last: object) -> bool:
     """Whether rows may be filled with -inf throughout."""
-    return mask is not None and not _adds(mask) and empty_rows == "nan" and sink is None
+    fills = first is not None or last is not None or (mask is not None and not _adds(mask))
+    return fills and empty_rows == "nan" and sink is None
 
 
 def _filled_objection(
     target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
 ) -> str | None:
-    _, _, empty_rows, _, sink, _ = rest
-    if not (target.training and _fills(mask, empty_rows, sink)):
+    _, _, empty_rows, _, sink, _, first, last = rest
+    if not (target.training and _fills(mask, empty_rows, sink, first, last)) or _adds(mask):
         return "it is for gradients of rows that a boolean mask may leave empty"
     return _sdpa_objection(replace(target, training=False), q, k, v, mask, *rest)
 
 
 @attention.implementation("sdpa_filled", when=_filled_objection)
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, is_causal: bool, *rest: object) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    empty_rows: str,
+    softcap: float | None,
+    sink: Tensor | None,
+    factor: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
+) -> Tensor:
     if q.device.type != "cpu":
         k, v = repeat_heads(q, k), repeat_heads(q, v)  # see sdpa_repeated
+    mask = with_bounds(mask, first, last, k.shape[2], empty_rows)
+    assert mask is not None
     return _attention_sdpa.attend_filled(q, k, v, mask, scale, is_causal)
 
 
 def _as_given_objection(
     target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
 ) -> str | None:
-    _, is_causal, empty_rows, softcap, sink, factor = rest
-    if not (target.training and _adds(mask) and empty_rows == "zero") or is_causal:
+    _, is_causal, empty_rows, softcap, sink, factor, first, last = rest
+    if not (target.training and _adds(mask) and empty_rows == "zero") or is_causal or not first is last is None:
         return "it is for gradients of SDPA calls with a float mask: those of the kernel that eager mode runs"
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         return "SDPA takes operands of one dtype"
@@ -229,7 +269,8 @@ def _repeated_objection(
     target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
 ) -> str | None:
     """Of a GPU's kernels that take a mask and save no scores, not all group heads; SDPA's last resort saves them."""
-    if not target.training or target.device.type == "cpu" or mask is None or known_equal(q.shape[1], k.shape[1]):
+    masked = mask is not None or any(bound is not None for bound in rest[-2:])
+    if not target.training or target.device.type == "cpu" or not masked or known_equal(q.shape[1], k.shape[1]):
         return "heads need repeating only for gradients under a mask, on a GPU"
     return _sdpa_objection(target, q, k, v, mask, *rest)
 
@@ -251,8 +292,10 @@ def _(
     softcap: float | None,
     sink: Tensor | None,
     factor: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
 ) -> Tensor:
-    return _attention_sdpa.attend(q, k, v, mask, scale, is_causal, empty_rows, sink)
+    return _attention_sdpa.attend(q, k, v, mask, scale, is_causal, empty_rows, sink, first, last)
 
 
 @attention.implementation("decomposed")
@@ -267,6 +310,8 @@ def _(
     softcap: float | None,
     sink: Tensor | None,
     factor: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
 ) -> Tensor:
     """Spelled out as models do it: scores in their operands' dtype. ATen's softmax computes in at least float32.
 
@@ -283,6 +328,10 @@ def _(
     if mask is not None:
         filling = torch.finfo(scores.dtype).min if empty_rows == "uniform" else -torch.inf
         scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask
+    live = within_bounds(first, last, k.shape[2])
+    if live is not None:
+        filling = torch.finfo(scores.dtype).min if empty_rows == "uniform" else -torch.inf
+        scores = torch.where(live, scores, filling)
     if is_causal:
         scores = torch.where(causal(rows, k.shape[2], q.device), scores, -torch.inf)
     weights = _softmax(scores, sink)

@@ -3,7 +3,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
-from fxopt.kernels import _flash
+from fxopt.kernels import _flash_decode
 from fxopt.kernels import attention as module
 from fxopt.kernels.attention import attention
 from fxopt.ops import Target
@@ -262,7 +262,7 @@ def test_dynamic_shapes(implementation):
     run = named[implementation]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda q, k, v, mask: run(q, k, v, mask, 0.3, False, "nan", None, None, None),
+        lambda q, k, v, mask: run(q, k, v, mask, 0.3, False, "nan", *[None] * 5),
         backend=counter, dynamic=True, fullgraph=True,
     )  # fmt: skip
     for rows, keys in ((3, 5), (6, 9), (4, 11)):
@@ -292,8 +292,8 @@ REPLAYED = Target(CUDA, cuda_graphs=True)
 
 @pytest.mark.parametrize("target, args, chosen", [
     (REPLAYED, long_case(), "triton"),
-    (REPLAYED, long_case(rows=_flash.MAX_DECODE_ROWS), "triton"),
-    (REPLAYED, long_case(rows=_flash.MAX_DECODE_ROWS + 1), "sdpa"),
+    (REPLAYED, long_case(rows=_flash_decode.MAX_DECODE_ROWS), "triton"),
+    (REPLAYED, long_case(rows=_flash_decode.MAX_DECODE_ROWS + 1), "sdpa"),
     (REPLAYED, long_case(keys=100), "sdpa"),
     (Target(CUDA, training=True, cuda_graphs=True), long_case(), "sdpa"),
     (Target(CUDA), long_case(), "sdpa"),
