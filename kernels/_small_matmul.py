@@ -1,0 +1,177 @@
+"""What the kernels for few rows share: the product of x with some rows of a weight, and how to launch it.
+
+    one row           a matrix-vector product: BLOCK_N rows of the weight at a time, no tensor cores
+    up to 64 rows     one tile of tensor-core products; SWAP puts the weight on the left, where Hopper's instruction
+                      takes 64 rows, and x on the right, where it takes 8 or more
+
+The weight is read once and from far away: its loads are pipelined (`tl.range(num_stages=)` does that for loads which
+feed no dot too) and evicted first. x is read by every program and stays in the L2 cache.
+
+Nothing here is launched programmatically dependent (PDL), though loading weights before the predecessor is done would
+hide most of the gap between launches. It is safe only where the kernel that stands before in the *stream* writes no
+weight, and an op can't know that: Inductor orders the launches, and the first one of a graph may follow an optimiser's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.graph.symbols import is_static
+from fxopt.kernels import _triton
+from fxopt.kernels._triton import jit, tl
+from fxopt.ops import Target
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+#: rows that one tile holds
+TILE_ROWS = 64
+
+
+@jit
+def row_scale(x, rows, k, x_row, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / sqrt(mean(x²) + eps) of each row, in float32."""
+    row = tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_K)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        live = (row < rows)[:, None] & (start + inner < k)[None, :]
+        given = tl.load(x + row[:, None] * x_row + start + inner[None, :], mask=live, other=0.0).to(tl.float32)
+        squares += given * given
+    return tl.rsqrt(tl.sum(squares, 1) / tl.cast(k, tl.float32) + eps)
+
+
+@jit
+def product(  # type: ignore[no-untyped-def]
+    x, w, norm, rows, n, k, first, last, x_row, stride, output, eps, offset,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr,
+    DOT: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N]: all rows of x, columns `first` to `last`, times the rows `output` of w, in float32.
+
+    With NORM, x is RMS-normed first, by `offset + norm` if WEIGHTED. Where a single program sees a row as a whole
+    (WHOLE) the norm's factor is taken out of the sum, so that x is read once.
+    """
+    row = tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_K)
+    kept = (output < n)[:, None]
+    weight = w + output.to(tl.int64)[:, None] * stride + inner[None, :]
+    if DOT:
+        source = x + row[:, None] * x_row + inner[None, :]
+        if NORM:
+            scale = row_scale(x, rows, k, x_row, eps, BLOCK_M, BLOCK_K)
+        total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+            inside = start + inner < last
+            part = tl.load(weight + start, mask=kept & inside[None, :], other=0.0, eviction_policy="evict_first")
+            given = tl.load(source + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+            if NORM:
+                wide = given.to(tl.float32) * scale[:, None]
+                if WEIGHTED:
+                    factor = tl.load(norm + start + inner, mask=inside, other=0.0).to(tl.float32) + offset
+                    wide = wide * factor[None, :]
+                given = wide.to(given.dtype)
+            if SWAP:
+                total = tl.dot(part, tl.trans(given), total, input_precision="ieee")
+            else:
+                total = tl.dot(given, tl.trans(part), total, input_precision="ieee")
+        result = tl.trans(total) if SWAP else total
+    else:
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+        for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+            inside = start + inner < last
+            part = tl.load(weight + start, mask=kept & inside[None, :], other=0.0, eviction_policy="evict_first")
+            given = tl.load(x + start + inner, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                squares += given * given
+                if WEIGHTED:
+                    given = given * (tl.load(norm + start + inner, mask=inside, other=0.0).to(tl.float32) + offset)
+            products += part.to(tl.float32) * given[None, :]
+        result = tl.sum(products, 1)[None, :]
+        if NORM:
+            if WHOLE:
+                scale = tl.rsqrt(tl.sum(squares, 0) / tl.cast(k, tl.float32) + eps)
+            else:
+                scale = tl.sum(row_scale(x, rows, k, x_row, eps, BLOCK_M, BLOCK_K), 0)
+            # A mean that overflowed makes the factor 0, and 0 of a sum that did too is 0.
+            result = tl.where(scale == 0.0, 0.0, result * scale)
+    return result
+
+
+def objection(target: Target, x: Tensor, weights: tuple[Tensor, ...], rows: int) -> str | None:
+    """Why kernels for few rows can't serve x [..., K] with these weights [N, K], or None."""
+    if rows > TILE_ROWS:
+        return f"the Triton kernel takes up to {TILE_ROWS} rows; there are {rows}"
+    if found := _triton.needs_gpu(target):
+        return found
+    if x.dtype not in DTYPES or any(w.dtype != x.dtype for w in weights):
+        return f"the Triton kernel takes one dtype of {', '.join(map(str, DTYPES))}"
+    if not all(is_static(size) for w in weights for size in w.shape):
+        return "the Triton kernel is specialised on the weights' shapes, which are dynamic here"
+    if any(w.stride(-1) != 1 for w in weights):
+        return "the Triton kernel reads weights row by row, and these are transposed in memory"
+    return None
+
+
+def flat(x: Tensor) -> Tensor:
+    """The rows of `x`, their elements side by side."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def guess(rows: int, k: int) -> dict[str, int]:
+    """How to launch for so many rows where nothing was measured."""
+    if rows == 1:
+        return {"BLOCK_N": 8, "BLOCK_K": min(512, columns(k)), "SPLIT": 1, "SWAP": 0, "STAGES": 1, "num_warps": 4}
+    return {"BLOCK_N": 32, "BLOCK_K": min(128, columns(k)), "SPLIT": 1, "SWAP": 0, "STAGES": 3, "num_warps": 4}
+
+
+def configs(rows: int, n: int, k: int, *, split: bool = True) -> Iterator[dict[str, int]]:
+    """What is worth a measurement for `rows` rows of x and weights of `n` rows in all.
+
+    One row: programs of 2 to 16 outputs, so that there are enough of them, with 256 to 1024 columns a step. More rows:
+    tiles of 16 to 64 outputs either way round, cut along k where they would be fewer than the processors.
+    """
+    if rows == 1:
+        for block_n, block_k, warps in (
+            (2, 1024, 4),
+            (4, 512, 2),
+            (4, 1024, 4),
+            (8, 512, 4),
+            (16, 256, 4),
+            (8, 1024, 8),
+        ):
+            for stages in (1, 3):
+                yield _config(block_n, min(block_k, columns(k)), 1, 0, stages, warps)
+        return
+    for block_n, block_k, swap, warps in ((16, 256, 0, 4), (32, 128, 0, 4), (64, 128, 1, 4), (64, 64, 1, 4)):
+        tiles = _triton.ceil_div(n, block_n)
+        wanted = {1, min(8, _triton.next_power_of_2(_triton.ceil_div(128, tiles)))} if split else {1}
+        for splits in sorted(wanted):
+            for stages in (3, 5) if k > 4 * block_k else (2,):
+                yield _config(block_n, min(block_k, columns(k)), splits, swap, stages, warps)
+
+
+def _config(block_n: int, block_k: int, split: int, swap: int, stages: int, warps: int) -> dict[str, int]:
+    return {
+        "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split, "SWAP": swap, "STAGES": stages, "num_warps": warps
+    }  # fmt: skip
+
+
+def columns(k: int) -> int:
+    """The most columns that a step is worth for rows of `k`."""
+    return max(16, _triton.next_power_of_2(k))
+
+
+def constants(rows: int, config: dict[str, int]) -> dict[str, Any]:
+    """The constants of `product` for a configuration; SPLIT and num_warps are the launch's."""
+    dot = rows > 1
+    values = {name: config[name] for name in ("BLOCK_N", "BLOCK_K", "STAGES")}
+    block_m = max(16, _triton.next_power_of_2(rows)) if dot else 1
+    return {"DOT": dot, "SWAP": bool(config["SWAP"]), "BLOCK_M": block_m, **values}
