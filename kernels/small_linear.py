@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fxopt.graph.symbols import hint
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
-from fxopt.kernels._small_matmul import TILE_ROWS, constants, flat, guess, product
+from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
+from fxopt.kernels._small_matmul import constants, flat, guess, product
 from fxopt.kernels._triton import CompileExample, jit, tl
 from fxopt.kernels.gated_mlp import ACTIVATIONS, activate
 from fxopt.ops import Config, Target, fused_op
