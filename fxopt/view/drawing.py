@@ -67,6 +67,7 @@ class Saving:
     flops_after: str  # of the fused op's reference: an implementation may do less (tiles that a mask leaves out)
     flops_saved: str
     example: int | None = None  # bytes saved at the sizes of the first call, where they are all known
+    example_before: int | None = None  # bytes moved before, at those sizes
 
 
 @dataclass
@@ -90,10 +91,11 @@ class Sketch:
         work = sympy.expand(sympy.Add(*(self.flops[name] for name in step.replaced)))
         less = sympy.expand(sympy.Add(*(after.flops[name] for name in step.made)))
         saved = sympy.expand(old - new)
-        example = saved.subs(self.hints)
+        example, example_before = saved.subs(self.hints), old.subs(self.hints)
         return Saving(
             *(str(old), str(new), str(saved), str(work), str(less), str(sympy.expand(work - less))),
             example=int(example) if example.is_Integer else None,
+            example_before=int(example_before) if example_before.is_Integer else None,
         )
 
 

@@ -105,6 +105,7 @@ def page(report: Report) -> str:
         finalize=lambda value: text.clean(value) if type(value) is str else value,
     )
     environment.filters.update(short=text.short_source, verdict=text.verdict, seconds=text.duration, failed=text.failed)
+    environment.filters.update(grouped=text.grouped_sites, overall=text.overall)
     script = asset("page.js")
     return environment.get_template("page.html.j2").render(
         report=report,

@@ -122,6 +122,7 @@ class Missed:
     progress: int
     source: str | None  # of the first
     node: str | None  # of the first
+    hint: str | None = None  # what would make it fuse, of the first
 
 
 def fused(report: Report) -> list[Fused]:
@@ -161,14 +162,38 @@ def failed(step: Step) -> bool:
     return not step.applied and "nothing fused the result" not in step.verdict.detail
 
 
+def grouped_sites(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites that differ only in the module that they are in (layers), together; in the order of the first of each."""
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        key = (
+            site.fusion,
+            site.op,
+            site.implementation,
+            site.source,
+            site.verdict.status,
+            "" if site.verdict.status == "equal" else site.verdict.detail,  # that says how it was tried
+            site.passed_over,
+        )
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def overall(sites: Sequence[Site]) -> str:
+    """The verdict on sites that `grouped_sites` put together, in words: the worst error of all."""
+    first = sites[0].verdict
+    return verdict(Verdict(first.status, first.detail, worst(site.verdict for site in sites)))
+
+
 def grouped_misses(misses: Iterable[NearMiss]) -> list[Missed]:
     """Near misses by (fusion, reason), the farthest first, then the most frequent."""
     groups: dict[tuple[str, str], list[NearMiss]] = {}
     for miss in misses:
         groups.setdefault((miss.fusion, miss.reason), []).append(miss)
     rows = [
-        Missed(fusion, reason, len(group), max(m.progress for m in group), group[0].source, group[0].node)
+        Missed(fusion, reason, len(group), max(m.progress for m in group), first.source, first.node, first.hint)
         for (fusion, reason), group in groups.items()
+        for first in group[:1]
     ]
     return sorted(rows, key=lambda row: (-row.progress, -row.count, row.fusion, row.reason))
 
@@ -341,30 +366,15 @@ def _graph(graph: GraphReport) -> list[str]:
 
 
 def _sites(sites: Iterable[Site]) -> list[str]:
-    """Sites that differ only in the module that they are in (layers) are told together."""
-    groups: dict[tuple[object, ...], list[Site]] = {}
-    for site in sites:
-        key = (
-            site.fusion,
-            site.op,
-            site.implementation,
-            site.source,
-            site.verdict.status,
-            "" if site.verdict.status == "equal" else site.verdict.detail,  # that says how it was tried
-            site.passed_over,
-        )
-        groups.setdefault(key, []).append(site)
     lines = []
-    for group in groups.values():
+    for group in grouped_sites(sites):
         first, last = group[0], group[-1]
         times = f", {len(group)} times" if len(group) > 1 else ""
         lines.append(f"  fused: {first.fusion} -> {first.op}, computed by {first.implementation}{times}")
         lines.append(f"    at {short_source(first.source)}")
         if first.module:
             lines.append(f"    in {first.module}" + (f" ... {last.module}" if last.module != first.module else ""))
-        lines.append(
-            "    " + verdict(Verdict(first.verdict.status, first.verdict.detail, worst(s.verdict for s in group)))
-        )
+        lines.append("    " + overall(group))
         lines += [f"    not by {name}: {objection}" for name, objection in first.passed_over]
     return lines
 
@@ -375,6 +385,8 @@ def _misses(misses: Iterable[NearMiss]) -> list[str]:
         first = f" (the first of {miss.count})" if miss.count > 1 else ""
         lines.append(f"  not fused: {miss.fusion}: {miss.reason}")
         lines.append(f"    at node {miss.node}, {short_source(miss.source)}{first}")
+        if miss.hint:
+            lines.append(f"    to have it fused: {miss.hint}")
     return lines
 
 

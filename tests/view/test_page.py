@@ -81,7 +81,7 @@ def test_stepping_through(recorded, opened):
     step = next(s for s in recorded.steps if s.fusion == "attention")
     assert set(shown["lit"]) == {*step.replaced, *step.made}
     assert shown["selected"] == ["0", "1"]  # the modules of the first two rewrites
-    for words in ("attention", "equal", "memory traffic", "softmax(-1)", "nodes replaced", "computed by"):
+    for words in ("attention", "checked", "memory traffic", "softmax(-1)", "nodes replaced", "computed by"):
         assert words in shown["details"], words
     assert "replaced by" in shown["node"]
     assert {"rms_norm", "linear_1", "softmax"} <= set(shown["boxes"])  # a small model is open at once

@@ -18,6 +18,7 @@
   }
   const fill = (element, ...children) => element.replaceChildren(...children.flat(Infinity).filter((c) => c));
   const short = (source) => (source || "").replace(/^.*(?:site|dist)-packages\//, "");
+  const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
   // -- the data, with columns turned into nodes ------------------------------------------------------------------
 
@@ -41,10 +42,14 @@
   }));
 
   const items = []; // what can be selected on the left, in order
-  const groups = []; // [title, items, open]
-  function group(title, found) {
-    if (found.length) groups.push([title, found]);
-    items.push(...found);
+  const groups = []; // {title, runs: [{pattern, items}]}: what repeats from layer to layer is one run
+  const alike = (item) => (item.kind === "miss" ? `${item.miss.reason} ${item.miss.source}` : item.label.replace(/\d+/g, "*"));
+  function group(title, found, tone = "") {
+    if (!found.length) return;
+    const runs = new Map();
+    for (const item of found) (runs.get(alike(item)) || runs.set(alike(item), []).get(alike(item))).push(item);
+    groups.push({ title, tone, count: found.length, runs: [...runs.values()] });
+    items.push(...[...runs.values()].flat());
   }
   const several = graphs.length > 1;
   const where = (graph, words) => (several ? `${graph.name}: ${words}` : words);
@@ -65,10 +70,10 @@
     });
     if (!graph.normalized) passed.push({ kind: "passed", graph, label: graph.name });
   }
-  for (const [fusion, found] of [...fused].sort((a, b) => b[1].length - a[1].length)) group(fusion, found);
-  group("Undone", undone);
-  group("Near misses", misses);
-  group("Passed through", passed);
+  for (const [fusion, found] of [...fused].sort((a, b) => b[1].length - a[1].length)) group(fusion, found, "fused");
+  group("Undone", undone, "bad");
+  group("Near misses", misses, "missed");
+  group("Passed through", passed, "missed");
   group("Applied on the way", raised);
 
   // -- layout ----------------------------------------------------------------------------------------------------
@@ -102,31 +107,45 @@
     return { width, height: (Math.max(0, ...rank) + 1) * 66 + 10, nodes: at, edges: points };
   }
 
-  // boxes: [{title, note, name, classes, pick}]; edges: [[from, to, lit]]
+  function curve(points) { // through the middles of dagre's segments, so that it has no corners
+    const at = ([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+    let path = `M${at(points[0])}`;
+    for (let i = 1; i < points.length - 1; i++) {
+      const [x, y] = points[i], next = points[i + 1], last = i === points.length - 2;
+      path += `Q${at([x, y])} ${at(last ? next : [(x + next[0]) / 2, (y + next[1]) / 2])}`;
+    }
+    return points.length === 2 ? `${path}L${at(points[1])}` : path;
+  }
+
+  // boxes: [{title, note, name, classes, pick, stacked, hover}]; edges: [[from, to, class]]
   async function draw(canvas, boxes, edges) {
     const ticket = (canvas.ticket = (canvas.ticket || 0) + 1);
     if (!boxes.length) return fill(canvas, make("p", { class: "empty" }, "nothing to draw here"));
     const sizes = boxes.map((box) => [Math.max(box.title.length * 7.3, box.note.length * 6.4) + 22, box.note ? 42 : 28]);
     const found = await layout(sizes, edges.map(([from, to]) => [from, to]));
-    if (canvas.ticket !== ticket) return; // another selection came meanwhile
-    const arrow = make("marker", { id: "arrow", viewBox: "0 0 6 6", refX: 5, refY: 3, markerWidth: 6, markerHeight: 6, orient: "auto" }, make("path", { d: "M0 0L6 3L0 6z" }));
-    const paths = edges.map(([, , lit], i) => make("path", { class: lit ? "edge lit" : "edge", "marker-end": "url(#arrow)", d: "M" + found.edges[i].map((p) => p.map((c) => c.toFixed(1)).join(" ")).join("L") }));
+    if (canvas.ticket !== ticket) return null; // another selection came meanwhile
+    const arrow = make("marker", { id: "arrow", viewBox: "0 0 6 6", refX: 5, refY: 3, markerWidth: 6, markerHeight: 6, orient: "auto" }, make("path", { d: "M0 0.4L6 3L0 5.6z" }));
+    const paths = edges.map(([, , kind], i) => make("path", { class: `edge ${kind || ""}`, "marker-end": "url(#arrow)", d: curve(found.edges[i]) }));
     const shapes = boxes.map((box, i) => {
       const [w, h] = sizes[i], [x, y] = found.nodes[i];
       const shape = make("g", { class: `node ${box.classes}`, tabindex: 0, role: "button", "data-node": box.name, transform: `translate(${x} ${y})`, "aria-label": `${box.title} ${box.note}` },
-        make("title", {}, box.name), make("rect", { x: -w / 2, y: -h / 2, width: w, height: h }),
+        make("title", {}, box.hover || box.name), box.stacked ? [8, 4].map((d) => make("rect", { class: "behind", x: d - w / 2, y: d - h / 2, width: w, height: h })) : null,
+        make("rect", { x: -w / 2, y: -h / 2, width: w, height: h }),
         make("text", { y: box.note ? -3 : 4 }, box.title), box.note ? make("text", { class: "small", y: 12 }, box.note) : null);
       const pick = () => { for (const other of canvas.querySelectorAll(".picked")) other.classList.remove("picked"); shape.classList.add("picked"); box.pick(); };
       shape.addEventListener("click", pick);
       shape.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); event.stopPropagation(); pick(); } });
       return shape;
     });
-    const room = (canvas.clientWidth || found.width) - 24, scale = Math.min(1, Math.max(0.55, room / found.width));
-    fill(canvas, make("svg", { viewBox: `0 0 ${found.width} ${found.height}`, width: found.width * scale, height: found.height * scale, role: "group" }, make("defs", {}, arrow), paths, shapes));
+    const drawn = make("svg", { viewBox: `0 0 ${found.width} ${found.height}`, width: found.width, height: found.height, role: "group" }, make("defs", {}, arrow), paths, shapes);
+    drawn.style.minWidth = `${SMALLEST * found.width}px`; // it shrinks with its pane while it can be read, and scrolls then
+    fill(canvas, drawn);
+    return found;
   }
 
   // -- the middle: one rewrite, before and after -----------------------------------------------------------------
 
+  const SMALLEST = 0.62; // of full size: type that can still be read
   const MOST = 60; // nodes around a rewrite that are drawn; a value with hundreds of readers says no more than with some
 
   function around(list, seeds, classes, side, item) {
@@ -135,39 +154,62 @@
     const order = [...shown].sort((a, b) => a - b), at = new Map(order.map((i, k) => [i, k]));
     const boxes = order.map((i) => box(list, list[i], lit.has(i) ? classes : "near", side, item));
     const edges = [];
-    for (const i of order) for (const from of list[i].inputs) if (at.has(from) && (lit.has(i) || lit.has(from))) edges.push([at.get(from), at.get(i), lit.has(i) && lit.has(from)]);
+    for (const i of order) for (const from of list[i].inputs) if (at.has(from) && (lit.has(i) || lit.has(from))) edges.push([at.get(from), at.get(i), lit.has(i) && lit.has(from) ? `lit ${classes}` : ""]);
     return [boxes, edges];
   }
 
+  const elided = (words, most = 32) => (words.length > most ? `${words.slice(0, most / 4)}…${words.slice(1 - (3 * most) / 4)}` : words);
+
+  // Overloads and the hashes of implementations are for the details; a weight's name is its last module's and its own.
+  function title(node) {
+    if (node.op !== "placeholder") return elided(node.op.includes(" ") ? node.op : node.op.replace(/\.[^.]*$/, ""));
+    return elided(node.name.replace(/^l_|_$/g, "").split("_modules_").pop().replace(/_(?:parameters|buffers)_/, "."));
+  }
+
   function box(list, node, classes, side, item) {
-    const weight = node.op === "placeholder";
-    const title = weight ? node.name.replace(/^l_|_$/g, "").split("_modules_").pop().slice(-32) : node.op.replace(/\.(default|Tensor|int)$/, "");
-    return { title, note: node.value, name: node.name, classes, pick: () => showNode(list, node, side, item) };
+    return { title: title(node), note: elided(node.value, 40), name: node.name, hover: `${node.name}: ${node.op} ${node.value}`, classes, pick: () => showNode(list, node, side, item) };
   }
 
   function showPanes(...names) {
-    const panes = names.map((name) => make("div", { class: "pane" }, make("h2", {}, name), make("div", { class: "canvas" })));
+    $("panes").classList.remove("stacked");
+    const panes = names.map(([name, note, tone]) => make("div", { class: "pane" }, make("h2", { class: tone }, name, note ? make("span", {}, note) : null), make("div", { class: "canvas" })));
     fill($("panes"), panes);
     return panes.map((pane) => pane.lastChild);
   }
 
-  function drawItem(item) {
+  // Side by side or one above the other, whichever lets them be larger; what stays too large to be read scrolls.
+  function arrange(left, right, before, after) {
+    const panes = $("panes"), [w, h] = [panes.clientWidth - 60, panes.clientHeight - 60];
+    if (w <= 0 || h <= 0) return;
+    const beside = Math.min(w / (before.width + after.width), h / Math.max(before.height, after.height));
+    const above = Math.min(w / Math.max(before.width, after.width), (h - 60) / (before.height + after.height));
+    const stacked = above > beside && beside < 0.9, scale = Math.min(1, Math.max(SMALLEST, stacked ? above : beside));
+    panes.classList.toggle("stacked", stacked);
+    for (const [canvas, size] of [[left, before], [right, after]]) {
+      canvas.parentElement.style.flexGrow = String(Math.round(stacked ? size.height * scale + 50 : Math.max(250, size.width)));
+      if (canvas.firstChild.style) canvas.firstChild.style.width = `${scale * size.width}px`;
+    }
+  }
+
+  async function drawItem(item) {
     const { part, step, miss } = item;
     if (!part) {
-      const [canvas] = showPanes(item.graph.name);
+      const [canvas] = showPanes([item.graph.name]);
       fill(canvas, make("p", { class: "empty" }, item.kind === "passed" ? "This graph was compiled as Dynamo made it." : "The graph was not recorded: record it with fxopt.record() to see it here."));
       return;
     }
     if (miss) {
-      const [canvas] = showPanes("where it ended");
+      const [canvas] = showPanes(["where it ended", "", "old"]);
       return draw(canvas, ...around(part.before, [miss.node, miss.anchor].map((n) => part.inBefore.get(n)).filter((i) => i !== undefined), "old", "before", item));
     }
     const old = step.replaced.map((n) => part.inBefore.get(n)).filter((i) => i !== undefined);
     const made = step.made.map((n) => part.inAfter.get(n)).filter((i) => i !== undefined);
-    const [left, right] = showPanes("before", "after");
-    draw(left, ...around(part.before, old, "old", "before", item));
-    if (made.length) draw(right, ...around(part.after, made, "new", "after", item));
-    else fill(right, make("p", { class: "empty" }, step.applied ? "Another rewrite took what this one made." : "It was undone: the model has its own nodes back."));
+    const [left, right] = showPanes(["before", many(old.length, "node"), "old"], ["after", many(made.length, "node"), "new"]);
+    const first = draw(left, ...around(part.before, old, "old", "before", item));
+    if (made.length) {
+      const [before, after] = await Promise.all([first, draw(right, ...around(part.after, made, "new", "after", item))]);
+      if (before && after && selected === item) arrange(left, right, before, after);
+    } else fill(right, make("p", { class: "empty" }, step.applied ? "Another rewrite took what this one made." : "It was undone: the model has its own nodes back."));
   }
 
   // -- the right: what is known of it ----------------------------------------------------------------------------
@@ -181,9 +223,27 @@
     return `${+bytes.toPrecision(3)} TiB`;
   }
 
+  const VERDICTS = { equal: "✓ checked", meta: "shapes checked", failed: "✗ failed", unchecked: "not checked" };
   function verdict(found) {
-    const error = found.error === null ? "" : `, error ${(+found.error).toPrecision(3)} times the original's own`;
-    return make("p", { class: found.status }, `${found.status}${error}`);
+    const error = found.error === null ? null : make("span", { class: "soft" }, `${(+found.error).toPrecision(3)}× the original's own error, against float64`);
+    return make("p", { class: "verdict" }, make("span", { class: `badge ${found.status}`, title: found.status }, error && found.status === "meta" ? "approximate" : VERDICTS[found.status] || found.status), " ", error);
+  }
+
+  function place(source) { // "file:line in function: code"
+    const [, at, line] = short(source).match(/^(.*?:\d+(?: in [^:]*)?): (.*)$/s) || [null, "", short(source)];
+    return make("figure", {}, at ? make("figcaption", {}, at) : null, make("pre", {}, line || "unknown"));
+  }
+
+  const maths = (words) => code(words.replace(/\*\*(\d+)/g, "^$1").replace(/\*/g, "·"));
+  function traffic(saving) {
+    const { example, example_before: was } = saving;
+    const bar = (share, tone) => { const made = make("span", { class: `bar ${tone}` }); made.style.width = `${Math.max(1, 100 * share)}%`; return made; };
+    const drawn = was > 0 && example !== null ? [
+      make("div", { class: "bars" }, make("span", {}, "before"), make("span", {}, bar(1, "old")), make("b", {}, amount(was)), make("span", {}, "after"), make("span", {}, bar((was - example) / was, "new")), make("b", {}, amount(was - example))),
+    ] : [];
+    const same = saving.flops_before === saving.flops_after;
+    return [h3("memory traffic"), drawn, make("p", { class: "small soft" }, maths(saving.bytes_before), " → ", maths(saving.bytes_after), " bytes"),
+      h3("FLOPs"), make("p", { class: "small soft" }, maths(saving.flops_before), same ? ", as before" : [" → ", maths(saving.flops_after), " in the op's reference"])];
   }
 
   function dims(graph) {
@@ -205,13 +265,11 @@
     fill($("details"),
       make("h2", {}, `${step.fusion} → ${step.op || step.made.join(" ")}`),
       make("p", { class: "soft" }, step.module || ""),
-      verdict(step.verdict), step.verdict.detail ? make("p", { class: "soft" }, step.verdict.detail) : null,
-      site ? [h3("computed by"), table([[site.implementation, "chosen"], ...site.passed_over.map(([name, why]) => [name, why])])] : null,
-      saving ? [h3("memory traffic"), table([
-        ["before", code(saving.bytes_before)], ["after", code(saving.bytes_after)], ["saved", code(saving.bytes_saved)],
-        ["which is", saving.example === null ? null : amount(saving.example)]]), h3("FLOPs"), table([["before", code(saving.flops_before)], ["the op's reference", code(saving.flops_after)]])] : null,
-      h3("source"), step.sources.map((source) => make("p", {}, code(short(source)))),
-      h3(`${step.replaced.length} nodes replaced`), nodeRows(part && part.before, step.replaced, part && part.inBefore, "before", item),
+      verdict(step.verdict), step.verdict.detail ? make("p", { class: "soft small" }, step.verdict.detail) : null,
+      site ? [h3("computed by"), make("p", {}, make("b", {}, site.implementation)), site.passed_over.map(([name, why]) => make("p", { class: "soft small" }, `not ${name}: ${why}`))] : null,
+      saving ? traffic(saving) : null,
+      h3("source"), step.sources.map(place),
+      h3(`${many(step.replaced.length, "node")} replaced`), nodeRows(part && part.before, step.replaced, part && part.inBefore, "before", item),
       h3("made"), nodeRows(part && part.after, step.made, part && part.inAfter, "after", item),
       h3("rule"), make("p", {}, code(short(step.rule))),
       table([...Object.entries(step.tags).map(([key, value]) => [key, String(value)]), ["time", `${(+step.microseconds / 1000).toFixed(2)} ms`]]),
@@ -221,21 +279,22 @@
   }
 
   function showMiss({ graph, miss }) {
-    fill($("details"), make("h2", {}, `not fused: ${miss.fusion}`), make("p", { class: "failed" }, miss.reason),
-      h3("at"), make("p", {}, code(short(miss.source) || "source line unknown")),
-      table([["node", code(miss.node || "")], ["search began at", code(miss.anchor)], ["matched so far", `${miss.progress} nodes`]]), dims(graph));
+    fill($("details"), make("h2", {}, `not fused: ${miss.fusion}`), make("p", { class: "why" }, miss.reason),
+      miss.hint ? [h3("what would make it fuse"), make("p", { class: "hint" }, miss.hint)] : null,
+      h3("at"), place(miss.source || "source line unknown"),
+      table([["node", code(miss.node || "")], ["search began at", code(miss.anchor)], ["matched so far", many(miss.progress, "node")]]), dims(graph));
   }
 
   function showPassed({ graph }) {
-    fill($("details"), make("h2", {}, graph.name), make("p", { class: "failed" }, "passed through untouched"),
-      make("p", {}, graph.reason || "no reason was given"), graph.notes.map((note) => make("p", { class: "soft" }, note)));
+    fill($("details"), make("h2", {}, graph.name), make("p", { class: "soft" }, "passed through untouched"),
+      make("p", { class: "why" }, graph.reason || "no reason was given"), graph.notes.map((note) => make("p", { class: "soft" }, note)));
   }
 
   function showNode(list, node, side, item) {
     const rewrites = items.filter((other) => other.kind === "step" && other.part === (item.part || item) && other.step[side === "before" ? "replaced" : "made"].includes(node.name));
     const to = (i) => make("p", {}, link(list[i].name, () => showNode(list, list[i], side, item)), " ", make("span", { class: "soft" }, list[i].value));
-    fill($("details"), make("h2", {}, node.op), table([["name", code(node.name)], ["value", code(node.value)], ["module", node.module]]),
-      h3("source"), make("p", {}, code(short(node.source) || "unknown")),
+    fill($("details"), make("h2", {}, title(node)), table([["op", code(node.op)], ["name", code(node.name)], ["value", code(node.value)], ["module", node.module]]),
+      h3("source"), place(node.source),
       rewrites.length ? [h3(side === "before" ? "replaced by" : "made by"), rewrites.map((r) => make("p", {}, link(`${r.step.fusion}: ${r.label}`, () => { tab("rewrites"); select(r); })))] : null,
       node.inputs.length ? [h3("reads"), node.inputs.slice(0, 40).map(to)] : null, node.users.length ? [h3("read by"), node.users.slice(0, 40).map(to)] : null);
   }
@@ -266,50 +325,81 @@
       if (!boxes.has(key)) boxes.set(key, { path, members: [] });
       boxes.get(key).members.push(node);
     }
-    return boxes;
+    return stacked(boxes, open);
   }
 
-  function openAtFirst(list) { // groups are opened from the outside in while the picture stays readable
+  // Closed neighbours in a list of layers that do the same, three or more, are one box: layers.1 … layers.31.
+  function stacked(boxes, open) {
+    const made = new Map();
+    let run = [];
+    const numbered = (path) => path && path.match(/^(.*\.)?(\d+)$/);
+    const ops = (box) => (box.ops ??= box.members.map((node) => node.op).join());
+    const end = () => {
+      const [first, last] = [run[0], run.at(-1)], path = first && `${first.path} … ${last.path}`;
+      if (run.length < 3 || open.has(path)) for (const box of run) made.set(box.path, box);
+      else made.set(path, { path, members: run.flatMap((box) => box.members), times: run.length, paths: run.map((box) => box.path) });
+      run = [];
+    };
+    for (const [key, box] of boxes) {
+      const here = numbered(box.path), before = run.length ? numbered(run.at(-1).path) : null;
+      const follows = here && before && here[1] === before[1] && +here[2] === +before[2] + 1 && ops(box) === ops(run[0]);
+      if (!follows) end();
+      if (here) run.push(box);
+      else made.set(key, box);
+    }
+    end();
+    return made;
+  }
+
+  function openAtFirst(list) { // from the outside in while the picture stays readable; of layers that repeat, the first
     let open = new Set();
     for (;;) {
-      const closed = [...visible(list, open)].filter(([, box]) => box.path !== null && !box.path.endsWith(OWN) && box.members.length > 1);
-      closed.sort((a, b) => b[1].members.length - a[1].members.length);
-      if (!closed.length) return open;
-      const next = new Set([...open, closed[0][0]]);
+      const closed = [...visible(list, open).values()].filter((box) => box.path !== null && !box.times && !box.path.endsWith(OWN) && box.members.length > 1);
+      closed.sort((a, b) => b.members.length - a.members.length);
+      const stack = [...visible(list, open).values()].find((box) => box.times);
+      const path = stack && !closed.some((box) => prefixes(stack.paths[0]).includes(box.path)) && ![...open].some((p) => /(^|\.)\d+$/.test(p)) ? stack.paths[0] : closed[0]?.path;
+      if (!path) return open;
+      const next = new Set([...open, path]);
       if (visible(list, next).size > 60 || next.size > 3) return open;
       open = next;
     }
   }
 
+  const FAN = 6; // a box that more than so many others read (rotary tables, masks) keeps one edge, and says how many
+
   function drawModel() {
     const { part, side, open } = model;
-    const [canvas] = showPanes(side);
+    const [canvas] = showPanes(["the whole model", side === "before" ? "as it was captured" : "as it is compiled", side === "before" ? "old" : "new"]);
     if (!part) return fill(canvas, make("p", { class: "empty" }, "No graph was recorded."));
     const list = part[side], seen = visible(list, open), keys = [...seen.keys()], at = new Map(), changed = new Set();
-    items.filter((item) => item.kind === "step" && item.part === part && item.step.applied).forEach((item) => item.step[side === "before" ? "replaced" : "made"].forEach((n) => changed.add(n)));
+    const tone = side === "before" ? "old" : "new", done = side === "before" ? "replaced" : "made";
+    items.filter((item) => item.kind === "step" && item.part === part && item.step.applied).forEach((item) => item.step[done].forEach((n) => changed.add(n)));
     keys.forEach((key, k) => seen.get(key).members.forEach((node) => at.set(node.i, k)));
-    const boxes = keys.map((key) => {
-      const { path, members } = seen.get(key), lit = members.filter((node) => changed.has(node.name)).length;
-      if (path === null || members.length === 1) return box(list, members[0], lit ? (side === "before" ? "old" : "new") : "", side, part);
-      const note = `${members.length} nodes${lit ? `, ${lit} ${side === "before" ? "replaced" : "made"}` : ""}`;
-      return { title: path.split(".").slice(-2).join("."), note, name: path, classes: lit ? "group changed" : "group", pick: () => { open.add(path); drawModel(); } };
-    });
-    const edges = new Map();
+    const targets = keys.map(() => new Set());
     for (const node of list) for (const from of node.inputs) {
       const a = at.get(from), b = at.get(node.i);
-      if (a !== undefined && b !== undefined && a !== b) edges.set(`${a} ${b}`, [a, b, false]);
+      if (a !== undefined && b !== undefined && a !== b) targets[a].add(b);
     }
+    const boxes = keys.map((key, k) => {
+      const { path, members, times, paths } = seen.get(key), lit = members.filter((node) => changed.has(node.name)).length;
+      const far = targets[k].size > FAN ? `, read in ${targets[k].size} places` : "";
+      if (path === null || members.length === 1) { const one = box(list, members[0], lit ? tone : "", side, part); return { ...one, note: one.note + far }; }
+      const note = `${times ? `${times} alike, each ` : ""}${many(members.length / (times || 1), "node")}${lit ? `, ${Math.round(lit / (times || 1))} ${done}` : ""}${far}`;
+      const words = times ? `${paths[0].split(".").slice(-2).join(".")} … ${paths.at(-1).split(".").pop()}` : path.split(".").slice(-2).join(".");
+      return { title: elided(words), note, name: path, stacked: times, classes: `group ${lit ? tone : ""}`, pick: () => { open.add(path); drawModel(); } };
+    });
+    const edges = targets.flatMap((to, a) => [...to].slice(0, to.size > FAN ? 1 : to.size).map((b) => [a, b, ""]));
     const opened = [...open].sort();
-    fill($("bar"), ["before", "after"].map((name) => make("button", { "aria-pressed": String(name === side), onclick: () => { model.side = name; drawModel(); } }, name)),
-      make("span", {}, "open:"), opened.map((path) => make("button", { title: "close this module", onclick: () => { for (const p of [...open]) if (p === path || p.startsWith(path + ".") || p === path + OWN) open.delete(p); drawModel(); } }, `${path} ✕`)));
-    return draw(canvas, boxes, [...edges.values()]);
+    fill($("bar"), make("span", { class: "switch" }, ["before", "after"].map((name) => make("button", { "aria-pressed": String(name === side), onclick: () => { model.side = name; drawModel(); } }, name))),
+      opened.length ? make("span", {}, "open") : null, opened.map((path) => make("button", { class: "chip", title: "close this module", onclick: () => { for (const p of [...open]) if (p === path || p.startsWith(path + ".") || p === path + OWN) open.delete(p); drawModel(); } }, elided(path, 40), make("span", {}, "×"))));
+    return draw(canvas, boxes, edges);
   }
 
   // -- selecting -------------------------------------------------------------------------------------------------
 
   function changes({ step, saving }) {
     const saves = saving && saving.example > 0 ? `, ${amount(saving.example)} less to read and write` : "";
-    return `${step.replaced.length} nodes → ${step.made.length}${saves}`;
+    return `${many(step.replaced.length, "node")} → ${step.made.length}${saves}`;
   }
 
   let selected = null;
@@ -317,8 +407,11 @@
     selected = item;
     for (const row of $("list").querySelectorAll(".row")) row.setAttribute("aria-selected", String(row.item === item));
     const row = [...$("list").querySelectorAll(".row")].find((r) => r.item === item);
-    if (row) { row.closest("details").open = true; row.scrollIntoView?.({ block: "nearest" }); }
-    fill($("bar"), make("span", {}, item.kind === "step" ? changes(item) : item.label));
+    if (row) {
+      for (let around = row.closest("details"); around; around = around.parentElement.closest("details")) around.open = true;
+      row.scrollIntoView?.({ block: "nearest" });
+    }
+    fill($("bar"), make("span", {}, item.kind === "step" ? changes(item) : item.kind === "miss" ? item.miss.reason : item.label));
     show[item.kind](item);
     drawItem(item);
   }
@@ -336,18 +429,52 @@
   }
   let current = "rewrites";
 
-  for (const [title, found] of groups) {
-    const rows = found.map((item) => { const row = make("div", { class: item.bad ? "row bad" : "row", role: "option", "aria-selected": "false", title: item.label, onclick: () => { if (current !== "rewrites") tab("rewrites"); select(item); } }, item.label); row.item = item; return row; });
-    $("list").append(make("details", { open: groups[0][0] === title ? "" : null }, make("summary", {}, title, make("span", { class: "n" }, String(found.length))), rows));
+  if (!items.length) {
+    $("list").append(make("p", { class: "empty" }, "Nothing to step through"));
+    fill($("details"), make("h2", {}, "Nothing was fused"), make("p", { class: "soft" }, "No fusion matched in these graphs, and none nearly did. ", code("fxopt passes"), " lists what is looked for."));
   }
-  $("list").append(make("p", { class: "keys" }, make("kbd", {}, "↑"), " ", make("kbd", {}, "↓"), " step through   ", make("kbd", {}, "1"), make("kbd", {}, "2"), make("kbd", {}, "3"), " tabs   ", make("kbd", {}, "Esc"), " back"));
+  function told(item, run) { // what tells one of a run from the others: the layer
+    if (item.kind === "miss") return item.miss.node;
+    const parts = item.label.split("."), i = parts.findIndex((part, k) => run.some((other) => other.label.split(".")[k] !== part));
+    return i < 0 ? item.step.made.join(" ") : parts.slice(Math.max(0, i - 1), i + 1).join(".");
+  }
+  const choose = (item) => { if (current !== "rewrites") tab("rewrites"); select(item); };
+  function row(item, words) {
+    const made = make("div", { class: item.bad ? "row bad" : "row", role: "option", "aria-selected": "false", title: item.label, onclick: () => choose(item) }, make("bdi", {}, words));
+    made.item = item;
+    return made;
+  }
+  for (const { title, tone, count, runs } of groups) {
+    const n = (number) => make("span", { class: "n" }, String(number));
+    const rows = runs.map((run) => run.length < 4 ? run.map((item) => row(item, item.label))
+      : make("details", { class: "run" }, make("summary", { title: alike(run[0]) }, make("span", { class: "pattern" }, make("bdi", {}, run[0].kind === "miss" ? run[0].label : alike(run[0]))), n(run.length)), make("div", { class: "rows" }, run.map((item) => row(item, told(item, run))))));
+    $("list").append(make("details", { class: `kind ${tone}`, open: tone !== "" || groups.length === 1 ? "" : null }, make("summary", {}, title, n(count)), rows));
+  }
+  const keys = [["↑ ↓", "step"], ["← →", "kind"], ["1 2 3", "tabs"], ["t", "theme"], ["Esc", "back"]];
+  $("list").append(make("p", { class: "keys" }, keys.map(([key, what]) => make("span", {}, make("kbd", {}, key), ` ${what}`))));
 
+  // A frame can't see the colours of the notebook around it: where it guesses wrong, the reader says.
+  function theme() {
+    const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const now = root.style.colorScheme || "light dark";
+    root.style.colorScheme = now === "light dark" ? (dark ? "light" : "dark") : "light dark";
+  }
+  $("theme").addEventListener("click", theme);
+
+  const run = (item) => groups.flatMap((g) => g.runs).findIndex((found) => found.includes(item));
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const step = { ArrowDown: 1, j: 1, ArrowUp: -1, k: -1 }[event.key];
+    const jump = { ArrowRight: 1, l: 1, ArrowLeft: -1, h: -1 }[event.key];
     const tabs = { 1: "rewrites", 2: "model", 3: "report" }[event.key];
     if (tabs) tab(tabs);
     else if (step && current === "rewrites" && items.length) { event.preventDefault(); select(items[Math.min(items.length - 1, Math.max(0, items.indexOf(selected) + step))]); }
+    else if (jump && current === "rewrites" && items.length) {
+      const runs = groups.flatMap((g) => g.runs);
+      event.preventDefault();
+      select(runs[Math.min(runs.length - 1, Math.max(0, run(selected) + jump))][0]);
+    }
+    else if (event.key === "t") theme();
     else if (event.key === "Escape" && selected) show[selected.kind](selected);
   });
   for (const name of ["rewrites", "model", "report"]) $(`tab-${name}`).addEventListener("click", () => tab(name));
