@@ -152,6 +152,15 @@ def make_mask(match: Match, steps: Sequence[Placed], sources: Sequence[Node]) ->
     return mask
 
 
+def join_masks(match: Match, mask: Node | None, live: Node | None) -> Node | None:
+    """Insert what makes a mask and a boolean one into one mask."""
+    if mask is None or live is None:
+        return live if mask is None else mask
+    if val(mask).dtype == torch.bool:
+        return match.call(aten.logical_and.default, mask, live)
+    return match.call(aten.where.ScalarOther, live, mask, -math.inf)
+
+
 def multiply(match: Match, node: Node, scale: Scale) -> Node:
     """Insert the multiplication of a tensor by a scale; the tensor keeps its dtype."""
     by = scale.by

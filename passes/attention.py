@@ -25,10 +25,12 @@ from fxopt.graph.query import aten, val
 from fxopt.graph.scope import Scope
 from fxopt.graph.symbols import is_static, known_equal, same_shape
 from fxopt.kernels.attention import MAX_WIDTH, attention
+from fxopt.match.masks.values import Opaque
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
+from fxopt.passes._attention_bounds import Bounds, read_bounds
 from fxopt.passes._attention_changes import apply_changes, join_heads, unmix
-from fxopt.passes._attention_mask import Placed, make_mask, multiply
+from fxopt.passes._attention_mask import Placed, join_masks, make_mask, multiply
 from fxopt.passes._attention_operands import emit, spellable
 from fxopt.passes._attention_plan import Plan, plan
 from fxopt.passes._attention_program import HEADS, Multiply, Sink
@@ -43,6 +45,7 @@ class AttentionMatch(Match):
 
     roles: Roles = field(kw_only=True)
     plan: Plan = field(kw_only=True)
+    bounds: Bounds | None = field(kw_only=True, default=None)
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,20 @@ class FuseAttention(Fusion):
     """
 
     anchors: ClassVar[tuple[Any, ...]] = (*SOFTMAXES, SDPA)
+    #: masks become bounds on each row's keys where they can; None: on GPUs, whose kernels visit only what lies within
+    bounds: bool | None = None
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
         """The attention around a softmax, or the one that a call names."""
         best: Miss | None = None
         for roles in [read_sdpa(node)] if node.target is SDPA else read_softmax(node):
-            found = self._match(node, roles) if isinstance(roles, Roles) else roles
+            found = self._match(node, roles, scope) if isinstance(roles, Roles) else roles
             if isinstance(found, Match):
                 return found
             best = found if best is None or found.progress > best.progress else best
         return best
 
-    def _match(self, node: Node, roles: Roles) -> Match | Miss:
+    def _match(self, node: Node, roles: Roles, scope: Scope) -> Match | Miss:
         progress = len(roles.covered)
         bad = _unsupported(roles)
         if bad is not None:
@@ -83,6 +88,14 @@ class FuseAttention(Fusion):
         named = {"q": roles.q, "k": roles.k, "v": roles.v}
         bindings: dict[str, Any] = {name: operand.base for name, operand in named.items() if operand is not None}
         bindings["scale"] = arranged.scale
+        everywhere = self.bounds if self.bounds is not None else val(roles.v.base).device.type == "cuda"
+        empty_rows = "uniform" if arranged.uniform else roles.empty_rows
+        bounds = read_bounds(arranged, scope, roles.sizes, roles.output, empty_rows, everywhere=everywhere)
+        unread = arranged
+        if bounds is not None:
+            arranged, empty_rows = bounds.plan, bounds.empty_rows
+            bindings |= {f"leaf_{i}": leaf for i, leaf in enumerate(bounds.leaves)}
+            bindings |= {f"read_{i}": mask for i, mask in enumerate(bounds.read)}
         masks = [step.tensor for step in arranged.mask if step.tensor is not None]
         others = [p.tensor for p in arranged.placed if p.tensor not in masks]
         others += [arranged.mix] if arranged.mix is not None else []
@@ -91,19 +104,20 @@ class FuseAttention(Fusion):
         for name, nodes in (("mask", masks), ("factor", [f.by for f in arranged.factors]), ("operand", others)):
             bindings |= {f"{name}_{i}" if i else name: value for i, value in enumerate(nodes)}
         every = [m for operand in roles.operands for m in operand.moves]
-        if not spellable([*every, *(m for p in arranged.placed for m in p.moves)], _sources(roles, arranged)):
+        if not spellable([*every, *(m for p in unread.placed for m in p.moves)], _sources(roles, arranged)):
             return Miss("a symbolic size is not the size of any operand", node, progress)
         tags = {
             "form": "sdpa" if node.target is SDPA else "spelled out" if roles.q is not None else "scores given",
             "mask": len(masks),
             "causal": arranged.is_causal,
-            "empty_rows": "uniform" if arranged.uniform else roles.empty_rows,
+            "bounded": bounds is not None and bounds.plan.is_causal is unread.is_causal,
+            "empty_rows": empty_rows,
             "grouped": grouped,
             "softcap": arranged.cap is not None,
             "sink": arranged.sink is not None,
         }
         return AttentionMatch(
-            (roles.output,), roles.covered | arranged.covered, bindings, tags, roles=roles, plan=arranged
+            (roles.output,), roles.covered | arranged.covered, bindings, tags, roles=roles, plan=unread, bounds=bounds
         )
 
     def rewrite(self, match: Match) -> Node:
@@ -111,6 +125,16 @@ class FuseAttention(Fusion):
         assert isinstance(match, AttentionMatch)
         roles, arranged = match.roles, match.plan
         sources = _sources(roles, arranged)
+        bounds, first, last, rest = match.bounds, None, None, None
+        if bounds is not None:
+            sources = _sources(roles, bounds.plan)
+            try:
+                first, last, rest = bounds.make(match, sources)
+                arranged = bounds.plan
+            except Opaque:  # a size or an index that can't be spelled out here: the masks as they are
+                sources = _sources(roles, arranged)
+                match.tags |= {"bounded": False, "causal": arranged.is_causal}
+                match.tags["empty_rows"] = "uniform" if arranged.uniform else roles.empty_rows
         q, k, v = _operands(match, roles, arranged, sources)
         values, changes = v, list(_changes(roles))
         mixes = changes[0] if changes and isinstance(changes[0], MixWeights) else None
@@ -118,10 +142,10 @@ class FuseAttention(Fusion):
             v, changes = join_heads(match, v), changes[1:]
         if arranged.mix is not None or mixes is not None:
             k, v = (_as_many_heads(match, x, other, sources) for x, other in ((k, v), (v, k)))
-        mask = make_mask(match, arranged.mask, sources)
+        mask = join_masks(match, make_mask(match, arranged.mask, sources), rest)
         sink = _sink(match, arranged.sink, sources) if arranged.sink is not None else None
         factor = _factor(match, arranged.factor, sources)
-        settings = [arranged.is_causal, match.tags["empty_rows"], arranged.cap, sink, factor]
+        settings = [arranged.is_causal, match.tags["empty_rows"], arranged.cap, sink, factor, first, last]
         while len(settings) > 2 and settings[-1] is None:
             settings.pop()
         result = match.call(attention, q, k, v, mask, arranged.scale, *settings)

@@ -216,12 +216,14 @@ def insert(
     device: torch.device,
     *,
     size: Callable[[Any], Any] | None = None,
+    element: Callable[[Read], Node] | None = None,
     dtype: torch.dtype = torch.bool,
 ) -> Node:
     """Insert the nodes that compute a part of a program; the result broadcasts to the coordinates' dimensions.
 
     `call` inserts one call and returns its node, as Match.call does; `lengths` are the coordinates' sizes, as numbers
-    or nodes; `size` gives the number or node of a sympy expression. The program must have been read `at` the place
+    or nodes; `size` gives the number or node of a sympy expression, `element` the node to read elements from, where it
+    isn't their own. The program must have been read `at` the place
     where the call is inserted. Raises Opaque where a size is needed that isn't given, or an index may be beyond.
     """
 
@@ -233,7 +235,7 @@ def insert(
     def extent(read: Read, d: int) -> Any:
         return val(read.node).shape[d]
 
-    builder = Builder(call, coordinates, lengths, lambda read: read.node, number, extent, device)
+    builder = Builder(call, coordinates, lengths, element or (lambda read: read.node), number, extent, device)
     found = builder.form(value) if isinstance(value, Form) else builder.value(value, dtype)
     assert isinstance(found, Node)
     return found

@@ -1,0 +1,295 @@
+"""Masks that are made in the graph become bounds on each row's keys; what of a mask can't, stays one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attending
+from attending import attend, compare, qkv, randn
+from fxopt.passes.attention import FuseAttention
+from fxopt.passes.raise_einsum import RaiseEinsum
+from fxopt.passes.raise_softmax import RaiseSoftmax
+
+MIN = torch.finfo(torch.float32).min
+ROWS, KEYS = 30, 40
+
+
+@pytest.fixture
+def bounding(fuser, monkeypatch):
+    """The fuser, with bounds wherever they can be had, as on a GPU."""
+    monkeypatch.setattr(attending, "FUSIONS", (RaiseSoftmax(), RaiseEinsum(), FuseAttention(bounds=True)))
+    return fuser
+
+
+def places(q, k):
+    return torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)[None]
+
+
+def filled(live, fill):
+    def program(q, k, v, m):
+        return attend((q @ k.mT * 0.3).masked_fill(~live(*places(q, k), m, q, k), fill), v)
+
+    return program
+
+
+def added(live, fill):
+    def program(q, k, v, m):
+        mask = torch.zeros((), dtype=q.dtype).masked_fill(~live(*places(q, k), m, q, k), fill)
+        return attend(q @ k.mT * 0.3 + mask, v)
+
+    return program
+
+
+def named(live, fill):
+    def program(q, k, v, m):
+        return F.scaled_dot_product_attention(q, k, v, live(*places(q, k), m, q, k))
+
+    return program
+
+
+# m is int64 [2, KEYS]: 0 at the left where keys are padding
+def causal(i, j, m, q, k):
+    return j <= i
+
+
+def at_the_end(i, j, m, q, k):
+    return j <= i + (k.shape[2] - q.shape[2])
+
+
+def window(i, j, m, q, k):
+    return (j <= i) & (j > i - 6)
+
+
+def chunks(i, j, m, q, k):
+    return (i // 8 == j // 8) & (j <= i)
+
+
+def lengths(i, j, m, q, k):
+    return j < m.sum(-1)[:, None, None, None]
+
+
+def held_and_new(i, j, m, q, k):
+    """A static cache: the length that it holds is a tensor."""
+    return j <= i + m[0, 0]
+
+
+def padded(i, j, m, q, k):
+    return (j <= i) & (m != 0)[:, None, None, :]
+
+
+def padded_window(i, j, m, q, k):
+    return window(i, j, m, q, k) & padded(i, j, m, q, k)
+
+
+def everything(i, j, m, q, k):
+    return (j >= 0) & (i >= 0)
+
+
+# (is_causal, first, last, mask): whether each is there
+GIVES = {
+    causal: (True, False, False, None),
+    at_the_end: (False, False, True, None),
+    window: (False, True, True, None),
+    chunks: (False, True, True, None),
+    lengths: (False, False, True, None),
+    held_and_new: (False, False, True, None),
+    padded: (False, False, True, (2, 1, 1, KEYS)),
+    padded_window: (False, True, True, (2, 1, 1, KEYS)),
+    everything: (False, False, False, None),
+}
+
+
+def inputs(rows=ROWS, keys=KEYS, left=11):
+    m = torch.ones(2, keys, dtype=torch.int64)
+    m[1, :left] = 0
+    return (*qkv(rows=rows, keys=keys), m)
+
+
+def given(args):
+    args = (*args, *[None] * (12 - len(args)))
+    mask = None if args[3] is None else tuple(args[3].meta["val"].shape)
+    return args[5], args[10] is not None, args[11] is not None, mask
+
+
+@pytest.mark.parametrize("live", GIVES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how, fill", [(filled, -math.inf), (added, MIN), (named, None)])
+def test_masks_become_bounds(bounding, how, fill, live):
+    program = how(live, fill)
+    compare(bounding.run(program, *inputs()), program, inputs())
+    assert bounding.sites == 1, bounding.reasons
+    (args,) = bounding.calls
+    assert given(args) == GIVES[live]
+    never = live not in (padded, padded_window, held_and_new, lengths)
+    if not args[5] and never and live is not everything:
+        assert args[6] == "zero"  # every row has a live key
+    elif not never:
+        assert args[6] == {filled: "nan", added: "uniform", named: "zero"}[how]
+
+
+@pytest.mark.parametrize(
+    "live", [causal, at_the_end, window, chunks, held_and_new, padded_window], ids=lambda f: f.__name__
+)
+def test_symbolic_sizes_stay_symbolic(bounding, live):
+    torch._dynamo.reset()
+    program = added(live, MIN)
+    compiled = torch.compile(program, backend=bounding, fullgraph=True)
+    for rows, keys in ((30, 40), (33, 35), (9, 60)):
+        q, k, v, m = inputs(rows, keys)
+        m[:] = torch.maximum(m, torch.tensor(1)) if live is held_and_new else m
+        for tensor, dims in ((q, (2,)), (k, (2,)), (v, (2,)), (m, (1,))):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(tensor, dim)
+        with torch.no_grad():
+            compare(compiled(q, k, v, m), program, (q, k, v, m))
+    assert bounding.sites == 1, bounding.reasons
+    assert len(bounding.graphs) == 1
+    assert given(bounding.calls[0])[:3] == GIVES[live][:3]
+
+
+def test_packed_sequences_are_found_by_bisection(bounding):
+    def program(q, k, v, positions):
+        segment = torch.cumsum(torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1, -1)
+        i, j = places(q, k)
+        live = (segment[:, None, :, None] == segment[:, None, None, :]) & (j <= i)
+        return attend((q @ k.mT * 0.3).masked_fill(~live, -math.inf), v)
+
+    positions = torch.cat([torch.arange(n) for n in (7, 15, 18)])[None].expand(2, -1).contiguous()
+    arguments = (*qkv(rows=KEYS, keys=KEYS), positions)
+    compare(bounding.run(program, *arguments), program, arguments)
+    assert bounding.sites == 1, bounding.reasons
+    assert given(bounding.calls[0]) == (False, True, True, None)
+
+
+def test_documents_in_any_order_stay_a_mask_within_the_bounds(bounding):
+    program = filled(lambda i, j, m, q, k: (m[:, None, :ROWS, None] == m[:, None, None, :]) & (j <= i), -math.inf)
+    compare(bounding.run(program, *inputs()), program, inputs())
+    assert given(bounding.calls[0]) == (False, False, True, (2, 1, ROWS, KEYS))
+
+
+def test_a_bias_beside_a_window(bounding):
+    def program(q, k, v, m, bias):
+        i, j = places(q, k)
+        return attend((q @ k.mT * 0.3 + bias).masked_fill(~window(i, j, m, q, k), -math.inf), v)
+
+    arguments = (*inputs(), randn(4, ROWS, KEYS, seed=7))
+    compare(bounding.run(program, *arguments), program, arguments)
+    assert given(bounding.calls[0]) == (False, True, True, (4, ROWS, KEYS))
+
+
+def test_a_sink_beside_a_padded_window(bounding):
+    """GPT-OSS."""
+
+    def program(q, k, v, m, sinks):
+        mask = torch.zeros(()).masked_fill(~padded_window(*places(q, k), m, q, k), MIN)
+        s = torch.cat([q @ k.mT * 0.3 + mask, sinks.reshape(1, -1, 1, 1).expand(2, -1, ROWS, 1)], -1)
+        return torch.softmax(s - s.max(-1, keepdim=True).values, -1)[..., :-1] @ v
+
+    arguments = (*inputs(), randn(4, seed=7))
+    compare(bounding.run(program, *arguments), program, arguments)
+    assert given(bounding.calls[0]) == (False, True, True, (2, 1, 1, KEYS))
+
+
+def test_a_soft_cap_in_a_window(bounding):
+    """Gemma 2."""
+
+    def program(q, k, v, m):
+        mask = torch.zeros(()).masked_fill(~window(*places(q, k), m, q, k), MIN)
+        return attend(torch.tanh(q @ k.mT * 0.3 / 5.0) * 5.0 + mask, v)
+
+    compare(bounding.run(program, *inputs()), program, inputs())
+    assert given(bounding.calls[0]) == (False, True, True, None)
+
+
+# What must stay as it is
+
+
+def test_two_finite_masks_stay_masks(bounding):
+    """Where both take a key out their sum is -inf, and a row of one of them alone is uniform."""
+
+    def program(q, k, v, m):
+        i, j = places(q, k)
+        first, second = (torch.zeros(()).masked_fill(~live, MIN) for live in (j <= i, (m != 0)[:, None, None, :]))
+        return attend(q @ k.mT * 0.3 + first + second, v)
+
+    compare(bounding.run(program, *inputs()), program, inputs())
+    assert given(bounding.calls[0])[:3] == (False, False, False)
+
+
+def test_numbers_that_absorb_nothing_stay_masks(bounding):
+    def program(q, k, v, m):
+        i, j = places(q, k)
+        return attend(q @ k.mT * 0.3 + torch.zeros(()).masked_fill(j > i, -20.0), v)
+
+    compare(bounding.run(program, *inputs()), program, inputs())
+    assert given(bounding.calls[0])[:3] == (False, False, False)
+
+
+def test_a_mask_that_is_an_input_stays_a_mask(bounding):
+    program = lambda q, k, v, m: attend(q @ k.mT * 0.3 + m, v)  # noqa: E731
+    arguments = (
+        *qkv(rows=ROWS, keys=KEYS),
+        torch.zeros(ROWS, KEYS).masked_fill(~torch.ones(ROWS, KEYS).tril().bool(), MIN),
+    )
+    compare(bounding.run(program, *arguments), program, arguments)
+    assert given(bounding.calls[0]) == (False, False, False, (ROWS, KEYS))
+
+
+def test_on_a_cpu_only_causality_is_taken_from_masks(fuser):
+    for live, expected in ((window, (False, False, False, (ROWS, KEYS))), (everything, GIVES[everything])):
+        fuser.graphs.clear()
+        program = named(live, None)
+        compare(fuser.run(program, *inputs()), program, inputs())
+        assert given(fuser.calls[0]) == expected
+
+
+def test_a_length_written_to_is_read_in_time(bounding):
+    """A static cache moves its length on before its keys are attended to."""
+
+    def program(q, k, v, m, length):
+        i, j = places(q, k)
+        live = j <= i + length
+        out = attend((q @ k.mT * 0.3).masked_fill(~live, -math.inf), v)
+        return out, length.add_(3)
+
+    for _ in range(2):
+        ours, theirs = torch.tensor(4), torch.tensor(4)
+        with torch.no_grad():
+            right = program(*inputs(), theirs)[0]
+            y = torch.compile(lambda *a: program(*a)[0], backend=bounding, fullgraph=True)(*inputs(), ours)
+        torch.testing.assert_close(y, right)
+        assert ours == theirs
+
+
+def gradients(program, arguments, backend, dtype):
+    leaves = [t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in arguments]
+    run = torch.compile(program, backend=backend, fullgraph=True) if backend is not None else program
+    out = run(*leaves)
+    grads = torch.autograd.grad(
+        (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).reshape(out.shape)).sum(), leaves[:3]
+    )
+    return [out, *grads]
+
+
+@pytest.mark.parametrize("live, how, fill, bounded", [
+    (window, added, MIN, True),
+    (padded, added, MIN, False),  # an added number passes gradients on in rows without a live key
+    (padded, filled, MIN, True),
+    (padded, filled, -math.inf, True),
+    (chunks, named, None, True),
+])  # fmt: skip
+def test_gradients(bounding, live, how, fill, bounded):
+    torch._dynamo.reset()
+    program = how(live, fill)
+    ours = gradients(program, inputs(), bounding, torch.float32)
+    eager, exact = (gradients(program, inputs(), None, dtype) for dtype in (torch.float32, torch.float64))
+    assert bounding.sites == 1, bounding.reasons
+    assert given(bounding.calls[0])[2] is bounded
+    for mine, theirs, right in zip(ours, eager, exact, strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        mine, theirs, right = (t.nan_to_num() for t in (mine, theirs, right))
+        allowed = 2 * (theirs.double() - right).abs().max() + 8 * torch.finfo(torch.float32).eps * right.abs().max()
+        assert (mine.double() - right).abs().max() <= allowed
