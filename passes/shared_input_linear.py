@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_map
 
 from fxopt.graph.query import arguments, is_call, users, val
 from fxopt.graph.symbols import hint
@@ -17,7 +18,10 @@ from fxopt.kernels.gated_mlp import gated_activation
 from fxopt.kernels.shared_input_linear import TILE_ROWS, gated_linear, linear_pair, linear_triple
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
+from fxopt.ops import FusedOp
+from fxopt.passes._norm_before import with_norm
 from fxopt.rewrite.fusion import Example, Fusion
+from fxopt.tune import may_pay
 
 if TYPE_CHECKING:
     from fxopt.graph.scope import Scope
@@ -29,12 +33,13 @@ aten = torch.ops.aten
 class FuseSharedInputLinear(Fusion):
     """linear(x, w0), linear(x, w1), linear(x, w2)   ->   fxopt::linear_triple(x, w0, w1, w2), or linear_pair
 
-    Two that end in a gated activation become fxopt::gated_linear(x, gate, up, act) together with it. For few rows, at
-    most `most_rows` (and 64): what is saved then are launches, and the tails of their grids. That was not measured yet,
-    so by default it is 0 and nothing is rewritten; to try it, `fxopt.register(FuseSharedInputLinear(most_rows=16))`.
+    Two that end in a gated activation become fxopt::gated_linear(x, gate, up, act) together with it, and an RMSNorm
+    that only they read is taken in. For few rows, at most 64: what is saved then are launches, and the tails of their
+    grids. With `most_rows` None that is done where the tuner measured that it pays (or is about to: tune="full"); a
+    number sets the limit by hand: `fxopt.register(FuseSharedInputLinear(most_rows=16))`.
     """
 
-    most_rows: int = 0
+    most_rows: int | None = None
     devices: tuple[str, ...] = ("cuda",)
 
     anchors = (aten.linear.default,)
@@ -48,30 +53,42 @@ class FuseSharedInputLinear(Fusion):
         if len(group) < 2 or group[0] is not node:
             return None
         rows = hint(val(x).numel() // val(x).shape[-1]) if val(x).numel() != 0 else 0
-        most = min(self.most_rows, TILE_ROWS)
+        most = TILE_ROWS if self.most_rows is None else min(self.most_rows, TILE_ROWS)
         if rows > most:
-            return Miss(f"one launch for all pays up to {most} rows; there are {rows}", node, 1)
+            miss = Miss(f"one launch for all pays up to {most} rows; there are {rows}", node, 1)
+            return miss if self.most_rows is not None else None  # said only to those who set a limit
+        for match in self._choices(group, rows):
+            op, args = self._call(match)
+            if self.most_rows is not None or may_pay(op, *tree_map(val, args)):
+                return match
+        return None
+
+    def _choices(self, group: list[Node], rows: int) -> Iterator[Match]:
+        """What can be made of the layers of one input, the most that is taken in first."""
         gated = _gated(group, rows)
         if gated is not None:
-            return gated
+            yield from (with_norm(gated), gated)
         group = group[: 3 if len(group) != 4 else 2]
-        bindings = {"x": x}
+        bindings = {"x": group[0].args[0]}
         for i, layer in enumerate(group):
             given = arguments(layer)
             bindings |= {f"w{i}": given["weight"]} | ({f"b{i}": given["bias"]} if given["bias"] is not None else {})
-        return Match(tuple(group), frozenset(group), bindings, {"layers": len(group), "rows": rows})
+        match = Match(tuple(group), frozenset(group), bindings, {"layers": len(group), "rows": rows})
+        yield from (with_norm(match), match)
+
+    def _call(self, match: Match) -> tuple[FusedOp, tuple[Any, ...]]:
+        """The op and its arguments."""
+        count, activation = match.tags["layers"], match.tags.get("activation")
+        weights, biases = ([match.get(f"{role}{i}") for i in range(count)] for role in "wb")
+        norm = (match.get("g"), *match.tags.get("norm", (None, 0.0, None)))
+        op = gated_linear if activation else linear_pair if count == 2 else linear_triple
+        return op, (match["x"], *weights, *([activation] if activation else []), *biases, *norm, self.most_rows or 0)
 
     def rewrite(self, match: Match) -> tuple[Node, ...]:
         """One call of linear_pair, linear_triple or gated_linear."""
-        if "activation" in match.tags:
-            weights, biases = ([match.get(f"{role}{i}") for i in range(2)] for role in "wb")
-            return (match.call(gated_linear, match["x"], *weights, match.tags["activation"], *biases, self.most_rows),)
-        count = len(match.outputs)
-        weights = [match[f"w{i}"] for i in range(count)]
-        biases = [match.get(f"b{i}") for i in range(count)]
-        op = linear_pair if count == 2 else linear_triple
-        made = match.call(op, match["x"], *weights, *biases, self.most_rows)
-        return tuple(match.item(made, i) for i in range(count))
+        op, args = self._call(match)
+        made = match.call(op, *args)
+        return (made,) if op is gated_linear else tuple(match.item(made, i) for i in range(len(match.outputs)))
 
     def examples(self) -> Iterable[Example]:
         """Nothing by default; tests register the fusion with rows and devices of their own."""

@@ -20,6 +20,7 @@ from fxopt.kernels.small_linear import TILE_ROWS, small_linear
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.passes._activations import ANCHORS, Activation, activation_at
+from fxopt.passes._norm_before import with_norm
 from fxopt.rewrite.fusion import Example, Fusion
 from fxopt.tune import may_pay
 
@@ -60,19 +61,20 @@ class FuseSmallLinear(Fusion):
             return None
         rows = hint(val(x).numel() // val(x).shape[-1]) if val(x).numel() != 0 else 0
         most = TILE_ROWS if self.most_rows is None else min(self.most_rows, TILE_ROWS)
-        if rows > most:  # said only to those who set a limit
-            return None if self.most_rows is None else Miss(f"one launch for a layer pays up to {most} rows; there are {rows}", node, 1)
+        if rows > most:
+            miss = Miss(f"one launch for a layer pays up to {most} rows; there are {rows}", node, 1)
+            return miss if self.most_rows is not None else None  # said only to those who set a limit
         bindings = {"x": x, "w": weight} | ({"b": given["bias"]} if given["bias"] is not None else {})
-        match = _with_ends(_with_norm(Match((node,), frozenset({node}), bindings, {"rows": rows})))
+        match = _with_ends(with_norm(Match((node,), frozenset({node}), bindings, {"rows": rows})))
         if self.most_rows is None and not may_pay(small_linear, *tree_map(val, self._arguments(match))):
             return None
         return match
 
     def _arguments(self, match: Match) -> tuple[Any, ...]:
         """The arguments of small_linear."""
-        norm = match.tags.get("norm", (None, None, 0.0, None))
+        norm = (match.get("g"), *match.tags.get("norm", (None, 0.0, None)))
         operands = (match["x"], match["w"], match.get("b"), match.get("r"))
-        return (*operands, match.tags.get("activation"), match.get("g"), *norm[1:], self.most_rows or 0)
+        return (*operands, match.tags.get("activation"), *norm, self.most_rows or 0)
 
     def rewrite(self, match: Match) -> Node | tuple[Node, ...]:
         """One call of small_linear, and the norm after it where that held the residual add."""
@@ -89,19 +91,6 @@ class FuseSmallLinear(Fusion):
             return torch.randn(3, 8), torch.randn(4, 8), torch.randn(3, 4)
 
         yield Example(lambda x, w, r: F.relu(F.linear(x, w)) + r, inputs, sites=0, name="where nothing was measured")
-
-
-def _with_norm(match: Match) -> Match:
-    """`match` with the RMSNorm that makes x, if no one else reads it and it is of one dtype."""
-    norm, weight = match["x"], match["w"]
-    if not is_call(norm, rms_norm.overload) or len(users(norm)) != 1:
-        return match
-    x, factor, eps, offset, round_to, _ = rms_norm.bind(*norm.args, **norm.kwargs)
-    if val(x).dtype != val(weight).dtype or (factor is not None and val(factor).dtype != val(weight).dtype):
-        return match
-    bindings = match.bindings | {"x": x} | ({"g": factor} if factor is not None else {})
-    tags = match.tags | {"norm": (None, eps, offset, round_to)}
-    return replace(match, nodes=match.nodes | {norm}, bindings=bindings, tags=tags)
 
 
 def _with_ends(match: Match) -> Match:

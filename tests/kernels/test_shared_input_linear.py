@@ -3,21 +3,31 @@
 import pytest
 import torch
 
+from fxopt.kernels import _small_matmul
 from fxopt.kernels.shared_input_linear import gated_linear, linear_pair, linear_triple
 from fxopt.ops import Target
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NO_NORM = (None, None, 0.0, None)
 
 
 def case(rows, k, widths, dtype, device, biased=True):
     x = torch.randn(*rows, k, device=device).to(dtype)
     weights = [torch.randn(n, k, device=device).to(dtype) for n in widths]
     biases = [torch.randn(n, device=device).to(dtype) if biased and i != 1 else None for i, n in enumerate(widths)]
-    return (linear_pair if len(widths) == 2 else linear_triple), (x, *weights, *biases, 64)
+    return (linear_pair if len(widths) == 2 else linear_triple), (x, *weights, *biases, *NO_NORM, 64)
+
+
+def with_norm(args):
+    """The same with an RMSNorm before the layers, as Llama rounds."""
+    x, *rest = args
+    return x, *rest[:-5], torch.randn(x.shape[-1], device=x.device).to(x.dtype), 1e-5, 0.0, x.dtype, 64
 
 
 def exact(op, args):
-    return op.reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    return op.reference(
+        *(a.double() if isinstance(a, torch.Tensor) else F64 if isinstance(a, torch.dtype) else a for a in args)
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -36,19 +46,33 @@ def test_every_shape(assert_as_good_as, triton_device, widths, rows, dtype):
 @pytest.mark.parametrize("activation, biased", [("silu", False), ("gelu_tanh", True)])
 def test_gated(assert_as_good_as, triton_device, activation, biased, rows, dtype):
     for k, n in ((33, 40), (576, 7)):
-        _, (x, gate, up, b, _, most) = case(rows, k, (n, n), dtype, triton_device)
-        args = (x, gate / 8, up / 8, activation, b if biased else None, None, most)
-        exact = gated_linear.reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-        assert_as_good_as(gated_linear.run("triton", *args), gated_linear.reference(*args), exact, ulps=4)
+        _, (x, gate, up, b, _, *_, most) = case(rows, k, (n, n), dtype, triton_device)
+        plain = (x, gate / 8, up / 8, activation, b if biased else None, None, *NO_NORM, most)
+        for args in (plain, with_norm(plain)):
+            truth = exact(gated_linear, args)
+            assert_as_good_as(gated_linear.run("triton", *args), gated_linear.reference(*args), truth, ulps=4)
 
 
 @pytest.mark.parametrize("rows", [(1,), (4,)])
 def test_strides(triton_device, rows):
-    op, (x, w0, w1, b0, _, most) = case(rows, 48, (16, 24), F32, triton_device)
+    op, (x, w0, w1, b0, _, *_, most) = case(rows, 48, (16, 24), F32, triton_device)
     wide = torch.randn(24, 96, device=triton_device)
     spread = torch.randn(*rows, 96, device=triton_device)[:, ::2]
-    for args in ((x, w0, wide[:, 48:], b0, None, most), (spread, w0, w1, b0, None, most)):
+    for args in ((x, w0, wide[:, 48:], b0, None, *NO_NORM, most), (spread, w0, w1, b0, None, *NO_NORM, most)):
         torch.testing.assert_close(op.run("triton", *args), op.reference(*args), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("widths", [(32, 8, 8), (40, 33)], ids=str)
+def test_every_configuration_with_and_without_a_norm(assert_as_good_as, triton_device, widths, rows):
+    op, plain = case((rows,), 600, widths, BF16, triton_device)
+    plain = (plain[0], *(a / 8 if isinstance(a, torch.Tensor) else a for a in plain[1:]))
+    for args in (plain, with_norm(plain)):
+        eager, truth = op.reference(*args), exact(op, args)
+        for config in (None, *_small_matmul.configs(rows, sum(widths), 600, split=False)):
+            for actual, e, t in zip(op.run("triton", *args, config=config), eager, truth, strict=True):
+                assert_as_good_as(actual, e, t, ulps=4)
+                assert actual.is_contiguous()
 
 
 @pytest.mark.parametrize("rows, k", [((0,), 8), ((3,), 0)])
@@ -65,7 +89,7 @@ def test_opcheck(widths):
 
 def test_opcheck_and_gradcheck_of_the_gated_form():
     x, gate, up, b = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((2, 3), (4, 3), (4, 3), (4,)))
-    torch.library.opcheck(gated_linear.overload, (x, gate, up, "silu", b, None, 16))
+    torch.library.opcheck(gated_linear.overload, (x, gate, up, "silu", b, None, *NO_NORM, 16))
     assert torch.autograd.gradcheck(lambda x, g, u, b: gated_linear(x, g, u, "silu", b), (x, gate, up, b))
 
 

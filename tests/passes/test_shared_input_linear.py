@@ -21,7 +21,7 @@ def run():
         fxopt.register(FuseSharedInputLinear(most_rows=most_rows, devices=devices))
         torch._dynamo.reset()
         with fxopt.record() as rec, torch.no_grad():
-            options = {"fusions": ["gated_mlp", "shared_input_linear"]}
+            options = {"fusions": ["gated_mlp", "rms_norm", "shared_input_linear"]}
             compiled = torch.compile(program, backend="fxopt", dynamic=dynamic, fullgraph=True, options=options)
             torch.testing.assert_close(compiled(*inputs), program(*inputs))
         assert {s.verdict.status for s in rec.sites} <= {"equal"}
@@ -68,6 +68,26 @@ def test_gate_and_up_take_in_the_activation(run, bias, router):
     assert [site.op for site in rec.sites] == ["gated_linear"]
 
 
+class Normed(nn.Module):
+    def __init__(self, inner, returned=False):
+        super().__init__()
+        self.norm, self.inner, self.returned = nn.RMSNorm(16, eps=1e-5), inner, returned
+
+    def forward(self, x):
+        h = self.norm(x)
+        return (self.inner(h), h) if self.returned else self.inner(h)
+
+
+@pytest.mark.parametrize("inner, ops", [
+    (Heads(2), ["linear_pair"]), (Heads(3, bias=True), ["linear_triple"]), (MLP(True, False), ["gated_linear"]),
+    (Heads(4), ["linear_pair", "linear_pair", "rms_norm"]), (MLP(False, True), ["gated_linear", "rms_norm"]),
+])  # fmt: skip
+def test_a_norm_that_only_they_read_is_taken_in(run, inner, ops):
+    assert sorted(site.op for site in run(Normed(inner), torch.randn(1, 3, 16)).sites) == ops
+    kept = run(Normed(inner, returned=True), torch.randn(1, 3, 16))
+    assert [site.op for site in kept.sites].count("rms_norm") == 1
+
+
 def test_a_gate_that_is_used_elsewhere_stays_in_memory(run):
     def program(x, v, w):
         gate = F.linear(x, v)
@@ -87,7 +107,8 @@ def test_many_rows_are_refused(run, dynamic):
 def test_off_by_default(run):
     assert run(Heads(), torch.randn(1, 16), most_rows=0).counts() == {}
     assert run(Heads(), torch.randn(1, 16), devices=("cuda",)).counts() == {}
-    assert FuseSharedInputLinear().most_rows == 0
+    assert FuseSharedInputLinear().most_rows is None
+    assert run(Heads(), torch.randn(1, 16), most_rows=None).counts() == {}
 
 
 def test_layers_of_other_inputs_stay(run):

@@ -1,0 +1,27 @@
+"""The RMSNorm before linear layers, taken in with them where nothing else reads it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxopt.graph.query import is_call, users, val
+from fxopt.kernels.rms_norm import rms_norm
+from fxopt.match.match import Match
+
+
+def with_norm(match: Match) -> Match:
+    """`match`, of layers of "x", with the norm that makes x: its operands are then "x" and "g".
+
+    The tag "norm" holds eps, offset and round_to of `rms_norm`. The norm stays where it has another reader, or where
+    its operands and its result are not of one dtype.
+    """
+    norm = match["x"]
+    if not is_call(norm, rms_norm.overload) or any(user not in match.nodes for user in users(norm)):
+        return match
+    x, factor, eps, offset, round_to, _ = rms_norm.bind(*norm.args, **norm.kwargs)
+    if any(val(t).dtype != val(norm).dtype for t in (x, factor) if t is not None):
+        return match
+    bindings = match.bindings | {"x": x} | ({"g": factor} if factor is not None else {})
+    return replace(
+        match, nodes=match.nodes | {norm}, bindings=bindings, tags=match.tags | {"norm": (eps, offset, round_to)}
+    )
