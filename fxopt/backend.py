@@ -21,7 +21,7 @@ import torch._dynamo
 from torch.fx import GraphModule
 
 from fxopt.graph import autocast
-from fxopt.graph.canonical import canonicalise
+from fxopt.graph.canonical import canonicalise, merge_masks
 from fxopt.graph.gate import refusal
 from fxopt.graph.normalise import normal_forms
 from fxopt.graph.retrace import RetraceError
@@ -222,6 +222,9 @@ def _fuse(part: GraphModule, selected: Sequence[Fusion], verifier: Verifier, rep
     with drawn(part, report):
         outcome = run_fusions(part, selected, verifier)
         report.steps += outcome.steps
+    if outcome.fused:
+        merge_masks(part.graph)  # what layers share of their masks, fusions make for each of them
+        part.recompile()
     report.misses += outcome.misses
     for stage, seconds in outcome.seconds.items():
         report.seconds[stage] = report.seconds.get(stage, 0.0) + seconds

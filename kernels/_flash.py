@@ -202,7 +202,8 @@ def prefill(
     tensors = (given.mask is not None) + (given.factor is not None)
     itemsize = given.q.dtype.itemsize
     wide = max(widths["BLOCK_D"], widths["BLOCK_DV"]) * itemsize
-    block_m, block_n, warps, stages = blocks(wide, itemsize, tensors)
+    bounded = given.first is not None or given.last is not None
+    block_m, block_n, warps, stages = blocks(wide, itemsize, tensors, bounded)
     listed = worth_listing(given, block_n)
     tiles = list_tiles(given, block_m, block_n) if listed else out
     tops, weights = stats if stats is not None else (out, out)
@@ -214,13 +215,15 @@ def prefill(
     )  # fmt: skip
 
 
-def blocks(row_bytes: int, itemsize: int, tensors: int) -> tuple[int, int, int, int]:
+def blocks(row_bytes: int, itemsize: int, tensors: int, bounded: bool) -> tuple[int, int, int, int]:
     """(query rows, keys, warps, stages) a tile: what compiles without spilling on sm_80, sm_90 and sm_100.
 
-    `tensors` counts those that are read beside the scores, a mask and a factor.
+    `tensors` counts those that are read beside the scores, a mask and a factor; `bounded`: rows have bounds.
     """
     if itemsize == 4 or row_bytes > 256:
         return 64, 32, 8, 2
+    if tensors and bounded and row_bytes > 128:
+        return 64, 64 if tensors == 1 else 32, 8, 2
     if tensors:
         return 64, 64 if tensors == 1 else 32, 4, 2
     return 128, 64, 4 if row_bytes <= 128 else 8, 3
@@ -230,7 +233,9 @@ def _example(name: str, dtype: str, mask: str | None, d: int, **flags: Any) -> C
     itemsize = 4 if dtype == "fp32" else 2
     widths = example_widths(d)
     tensors = (mask is not None) + ("FACTOR" in flags)
-    block_m, block_n, warps, stages = blocks(widths["BLOCK_D"] * itemsize, itemsize, tensors)
+    block_m, block_n, warps, stages = blocks(
+        widths["BLOCK_D"] * itemsize, itemsize, tensors, bool({"FIRST", "LAST"} & flags.keys())
+    )
     values = example_values(mask) | {"TILES": False, "STATS": False} | flags
     values |= {**widths, "BLOCK_M": block_m, "BLOCK_N": block_n}
     signature = example_signature(dtype, mask, "heads group rows keys t_batch")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -66,7 +66,7 @@ def canonicalise(module: GraphModule) -> int:
             changed += 1
     changed += casts_first(graph, written, cut)
     changed += _functionalise(graph, cut)
-    changed += _merge_masks(graph)
+    changed += merge_masks(graph)
     changed += _erase_unused(graph)
     module.recompile()
     return changed
@@ -206,7 +206,7 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
     return changed
 
 
-def _merge_masks(graph: Graph) -> int:
+def merge_masks(graph: Graph) -> int:
     """Booleans and int64 that are computed twice in the same way are computed once: masks and positions.
 
     Floats stay apart, for layers are compiled and rewritten each for itself, and so do narrower integers: quantised
@@ -241,6 +241,8 @@ def _hashable(argument: Any) -> Any:
         return None if None in parts else (type(argument).__name__, parts)
     if isinstance(argument, dict):
         return _hashable(tuple(sorted(argument.items())))
+    if isinstance(argument, Node) and isinstance(val(argument), SymInt):
+        return "SymInt", str(val(argument).node.expr)  # a size, read off whichever tensor
     if isinstance(
         argument, (Node, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch._ops.OpOverload)
     ):

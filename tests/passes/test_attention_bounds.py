@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import attending
 from attending import attend, compare, qkv, randn
+from fxopt.graph.canonical import merge_masks
 from fxopt.passes.attention import FuseAttention
 from fxopt.passes.raise_einsum import RaiseEinsum
 from fxopt.passes.raise_softmax import RaiseSoftmax
@@ -293,3 +294,24 @@ def test_gradients(bounding, live, how, fill, bounded):
         mine, theirs, right = (t.nan_to_num() for t in (mine, theirs, right))
         allowed = 2 * (theirs.double() - right).abs().max() + 8 * torch.finfo(torch.float32).eps * right.abs().max()
         assert (mine.double() - right).abs().max() <= allowed
+
+
+def test_layers_share_what_they_make_of_a_mask(bounding):
+    def program(q, k, v, m):
+        live = padded_window(*places(q, k), m, q, k)
+        for _ in range(3):
+            q = attend((q @ k.mT * 0.3).masked_fill(~live, -math.inf), v)
+        return q
+
+    torch._dynamo.reset()
+    q, k, v, m = inputs()
+    torch._dynamo.mark_dynamic(q, 2)
+    torch._dynamo.mark_dynamic(k, 2)
+    torch._dynamo.mark_dynamic(v, 2)
+    torch._dynamo.mark_dynamic(m, 1)
+    with torch.no_grad():
+        compare(torch.compile(program, backend=bounding, fullgraph=True)(q, k, v, m), program, (q, k, v, m))
+    (graph,) = bounding.graphs
+    merge_masks(graph.graph)
+    assert bounding.sites == 3
+    assert len({(args[3], args[10], args[11]) for args in bounding.calls}) == 1
