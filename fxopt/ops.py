@@ -54,13 +54,21 @@ Configs = Callable[..., Iterable[Config]]
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how a fused op will run; what an implementation's `when` decides on."""
+    """Where and how a fused op will run; what an implementation's `when` decides on.
+
+    Attributes:
+        device: where its arguments are
+        training: gradients will flow through the op
+        compiled: Inductor compiles the rest of the graph; False: it runs op by op
+        opaque: kernels that the compiler can't see into may be chosen, where they were measured to pay
+        cuda_graphs: launches are replayed from a CUDA graph: what an opaque call costs the host is nothing
+    """
 
     device: torch.device
-    training: bool = False  # gradients will flow through the op
-    compiled: bool = True  # Inductor compiles the rest of the graph; False: it runs op by op
-    opaque: bool = True  # kernels that the compiler can't see into may be chosen, where they were measured to pay
-    cuda_graphs: bool = False  # launches are replayed from a CUDA graph: what an opaque call costs the host is nothing
+    training: bool = False
+    compiled: bool = True
+    opaque: bool = True
+    cuda_graphs: bool = False
 
 
 #: a target whose device is still to be filled in (by `dataclasses.replace`)

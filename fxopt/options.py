@@ -22,18 +22,19 @@ class OptionError(ValueError):
 class Options:
     """Options of `torch.compile(model, backend="fxopt", options={...})`.
 
-    fusions   only these fusions run, by name; None: all that are registered
-    disable   these fusions don't run
-    verify    "off": rewrites are taken on trust; "meta": shapes, dtypes, strides and aliasing are compared;
-              "numeric": numbers too, within a budget; "strict": no budget, and what could not be checked is undone
-    tune      "auto": opaque kernels are used where they were measured to pay, here before or in what ships with fxopt;
-              "full": what was not measured before is measured now (seconds an op), verified first, and remembered;
-              "off": only implementations that Inductor sees into, so that nothing depends on a measurement
-    outline   "auto": layers that repeat are compiled once, in inference on the CPU (but for those that write caches);
-              "always": wherever torch can, on a GPU and in training too, where Inductor then reuses no memory;
-              "off": every layer is compiled for itself
-    mode      Inductor's mode (torch.compile refuses mode= and options= together, so it can be given here)
-    inductor  options passed on to Inductor
+    Attributes:
+        fusions: only these fusions run, by name; None: all that are registered
+        disable: these fusions don't run
+        verify: "off": rewrites are taken on trust; "meta": shapes, dtypes, strides and aliasing are compared;
+            "numeric": numbers too, within a budget; "strict": no budget, and what could not be checked is undone
+        tune: "auto": opaque kernels are used where they were measured to pay, here before or in what ships with fxopt;
+            "full": what was not measured before is measured now (seconds an op), verified first, and remembered;
+            "off": only implementations that Inductor sees into, so that nothing depends on a measurement
+        outline: "auto": layers that repeat are compiled once, in inference, where that costs nothing at run time: on a GPU
+            in CUDA graphs, on the CPU unless they write caches; "always": wherever torch can, in training too, where
+            Inductor then reuses no memory; "off": every layer is compiled for itself
+        mode: Inductor's mode (torch.compile refuses mode= and options= together, so it can be given here)
+        inductor: options passed on to Inductor
     """
 
     fusions: tuple[str, ...] | None = None

@@ -19,18 +19,21 @@ from fxopt.graph.query import faking, val
 class Match:
     """A subgraph that a fusion can replace.
 
-    outputs   the nodes whose values the rewrite must produce, in the order of the fusion's choosing
-    nodes     every node that the rewrite makes dead, outputs included (inner values must have no other user)
-    bindings  variable name -> node, or a number for scalars
-    tags      name -> which alternative of the pattern matched, or any other fact the finder noted
+    Attributes:
+        outputs: the nodes whose values the rewrite must produce, in the order of the fusion's choosing
+        nodes: every node that the rewrite makes dead, outputs included (inner values must have no other user)
+        bindings: variable name -> node, or a number for scalars
+        tags: name -> which alternative of the pattern matched, or any other fact the finder noted
+        made: the nodes that `call` made, in order
+        insert_before: where the replacement stands; settled by the legality check
     """
 
     outputs: tuple[Node, ...]
     nodes: frozenset[Node]
     bindings: dict[str, Any]
     tags: dict[str, Any] = field(default_factory=dict)
-    made: list[Node] = field(default_factory=list)  # filled by `call`
-    insert_before: Node | None = None  # where the replacement stands; settled by the legality check
+    made: list[Node] = field(default_factory=list)
+    insert_before: Node | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.bindings[name]

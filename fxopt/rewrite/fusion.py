@@ -25,16 +25,24 @@ if TYPE_CHECKING:
 class Precision(enum.Enum):
     """How close a rewrite's result is to the original's."""
 
-    BITWISE = "bitwise"  # the same floating-point operations in the same order
-    ROUNDING = "rounding"  # the same mathematics in another rounding order; error bounded against float64
-    APPROXIMATE = "approximate"  # other mathematics; off unless asked for
+    #: the same floating-point operations in the same order
+    BITWISE = "bitwise"
+    #: the same mathematics in another rounding order: at most twice the original's own error, plus an ulp
+    ROUNDING = "rounding"
+    #: other mathematics; runs only where it is named in `options={"fusions": [...]}`
+    APPROXIMATE = "approximate"
 
 
 @dataclass(frozen=True)
 class Example:
     """A program that the fusion must find (or, with `refused`, must refuse for a reason containing that text).
 
-    `program` is a function or module of tensors; `inputs` makes fresh random inputs at each call.
+    Attributes:
+        program: a function or module of tensors
+        inputs: a function without arguments that makes fresh random inputs, a tuple, at each call
+        sites: how often the fusion must find itself in it; not looked at where it must refuse
+        refused: a part of the reason for which it must refuse, or None
+        name: what the test that is made of it is called, and the example on the fusion's page
     """
 
     program: Any
@@ -53,11 +61,14 @@ class Fusion(ABC):
     The class docstring's first line is shown to users: state the rewrite as `before -> after`.
     """
 
+    #: how close the result is to the original's; what verification allows, and whether it runs unasked
     precision: ClassVar[Precision] = Precision.ROUNDING
     #: "raise" brings spelled-out forms back to one op (undone where nothing fuses the result); "fuse" makes fused ops
     stage: ClassVar[str] = "fuse"
     #: ops at which a search begins: overloads or packets
     anchors: ClassVar[tuple[Any, ...]] = ()
+    #: those of the anchors that a user expects to see fused: `explain` names each that is left, near miss or not
+    expected: ClassVar[tuple[Any, ...]] = ()
     #: a hash of the files that the class and its bases are written in; None where there are none (a notebook)
     source_version: ClassVar[str | None] = None
 
@@ -110,25 +121,45 @@ def _location(fusion: type[Fusion]) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verification found about one application of a fusion."""
+    """What verification found about one application of a fusion.
 
-    status: str  # "equal" | "meta" (shapes and dtypes only) | "unchecked" (over budget or not possible) | "failed"
+    Attributes:
+        status: "equal", "meta" (shapes and dtypes only), "unchecked" (over budget or not possible) or "failed"
+        detail: what failed or was not checked, in words
+        error: where numbers were compared, the largest error against float64, as a multiple of the original's own
+    """
+
+    status: str
     detail: str = ""
-    error: float | None = None  # largest error relative to the original's own, where numbers were compared
+    error: float | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One application of a fusion, for the report (strings and numbers only: it outlives the graph)."""
+    """One application of a fusion, for the report (strings and numbers only: it outlives the graph).
+
+    Attributes:
+        fusion: the fusion's name
+        rule: file:line of the fusion
+        op: name of the op that was put in; "" where it is none of fxopt's
+        replaced: names of the nodes replaced
+        made: names of the nodes made
+        sources: the user's source lines of the replaced nodes, without repetition
+        module: the nn.Module that they came from
+        microseconds: what finding and making the replacement took, without verification
+        verdict: what verification found
+        applied: False where it was undone; why is in the verdict
+        tags: which alternatives of the pattern matched, and whatever else the fusion noted
+    """
 
     fusion: str
-    rule: str  # file:line of the fusion
-    op: str  # name of the op that was put in
-    replaced: tuple[str, ...]  # names of the nodes replaced
-    made: tuple[str, ...]  # names of the nodes made
-    sources: tuple[str, ...]  # the user's source lines of the replaced nodes, without repetition
-    module: str | None  # the nn.Module that they came from
+    rule: str
+    op: str
+    replaced: tuple[str, ...]
+    made: tuple[str, ...]
+    sources: tuple[str, ...]
+    module: str | None
     microseconds: float
     verdict: Verdict
-    applied: bool = True  # False: undone, and why is in the verdict
+    applied: bool = True
     tags: dict[str, Any] = field(default_factory=dict)

@@ -33,8 +33,13 @@ SLACK = 10.0
 class Bisection:
     """The outcome. `step` is the first rewrite with which the check fails, number `index` (from 1) of `total`.
 
-    Without one, `reason` says why there is none to find. `failure` is what the check said with it, and `tries` the
-    number of compilations.
+    Attributes:
+        step: the rewrite, or None where there is none to find
+        index: its number, from 1; 0 where there is none
+        total: rewrites that the whole model has
+        failure: what the check said with it
+        reason: why there is none to find; "" where there is one
+        tries: compilations that it took
     """
 
     step: Step | None

@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import itertools
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,9 @@ _explained = itertools.count()
 class Explanation:
     """What fused in a model, what did not and why. `str` gives it in words; `report` has the data.
 
-    breaks: one line for each place where the graph broke, in order, without repetition
+    Attributes:
+        report: the same as data
+        breaks: one line for each place where the graph broke, in order, without repetition
     """
 
     report: Report
@@ -43,7 +46,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.report.graphs:
             return "no graph was captured: the call ran no tensor operations that torch.compile could see"
-        return text.explanation(self.report, self.breaks)
+        return text.explanation(self.report, self.breaks, left(self.report))
 
 
 def explain(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Explanation:
@@ -62,6 +65,22 @@ def explain(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Explan
     # Dynamo's own numbering counts every frame compiled in the process; here the same model gives the same text.
     graphs = [dataclasses.replace(graph, name=f"graph {i}") for i, graph in enumerate(report.graphs)]
     return Explanation(Report(graphs), list(dict.fromkeys(breaks)))
+
+
+def left(report: Report) -> list[str]:
+    """Ops that a fusion is expected to take (`Fusion.expected`) and that are left without even a near miss, in words."""
+    from fxopt.rewrite.plugins import fusions
+
+    takers = {str(op).removeprefix("aten."): name for name, fusion in fusions().items() for op in fusion.expected}
+    found: Counter[tuple[str, str, str]] = Counter()
+    for graph in report.graphs:
+        told = {name for miss in graph.misses for name in (miss.anchor, miss.node)}
+        for node in (node for part in graph.parts for node in part.after if node.name not in told):
+            taker = takers.get(node.op) or takers.get(node.op.rpartition(".")[0])
+            if taker is not None:
+                found[node.op, taker, text.short_source(node.source)] += 1
+    times = {key: f", {n} times" if n > 1 else "" for key, n in found.items()}
+    return [f"{op}{times[op, taker, at]}: nothing around it looks like {taker}, at {at}" for (op, taker, at) in found]
 
 
 def compiled_afresh(model: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

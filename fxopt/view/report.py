@@ -20,9 +20,16 @@ if TYPE_CHECKING:
 class Site:
     """One place in a model where a fused op took over.
 
-    implementation: "sdpa" | "triton" | "aten" | "decomposed" | "reference" (the unfused arithmetic under a new name)
-    passed_over: (implementation, objection) of those that came before it
-    node: the fused op's node, as a step's `made` names it
+    Attributes:
+        fusion: the fusion's name
+        op: the op's name
+        implementation: who computes it: "sdpa", "triton", "aten", "decomposed" or "reference" (the unfused arithmetic
+            under a new name)
+        source: the user's source line, or None
+        module: the nn.Module that it is in, or None
+        verdict: what verification found
+        passed_over: (implementation, objection) of those that came before it
+        node: the fused op's node, as a step's `made` names it
     """
 
     fusion: str
@@ -57,13 +64,25 @@ PRE_DISPATCH, AFTER_AOT = "pre-dispatch", "after AOTAutograd"
 class GraphReport:
     """One graph that Dynamo captured: before, steps, near misses, after.
 
-    normalized: False if the graph went to the lowering stage untouched; `reason` then says why
-    entry: "pre-dispatch", or "after AOTAutograd" where the first one turned the graph away for `turned_away`
-    seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
-    generated: name -> source of code generated for this graph
-    outlined: layers that were compiled once, in words -> how many times they repeat
-    parts: the drawings, where somebody listened
-    dims: symbolic dimension -> where it comes from, and its size at the first call
+    Attributes:
+        name: "graph 0", "graph 1", ...
+        before: the normal form before its rewrites, printed
+        after: the normal form after them, printed
+        normalized: False if the graph went to the lowering stage untouched; `reason` then says why
+        reason: why it was turned away, or None
+        entry: "pre-dispatch", or "after AOTAutograd" where the first one turned the graph away for `turned_away`
+        turned_away: why the first entry turned it away, or None
+        nodes: number of nodes that Dynamo captured
+        steps: applications of fusions and rules, in order, undone ones included
+        misses: near misses, the farthest first
+        sites: where a fused op took over
+        generated: name -> source of code generated for this graph
+        seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
+        lowering: who compiled it, and in which mode
+        notes: what else there is to know, in words
+        outlined: layers that were compiled once, in words -> how many times they repeat
+        parts: the drawings, where somebody listened
+        dims: symbolic dimension -> where it comes from, and its size at the first call
     """
 
     name: str
@@ -79,7 +98,7 @@ class GraphReport:
     sites: list[Site] = field(default_factory=list)
     generated: dict[str, str] = field(default_factory=dict, repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
-    lowering: str = ""  # "inductor" or "eager", with the mode
+    lowering: str = ""
     notes: list[str] = field(default_factory=list)
     outlined: dict[str, int] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list, repr=False)
@@ -91,6 +110,9 @@ class Report:
     """What happened while one or more graphs were compiled: strings and numbers only, so it outlives the graphs.
 
     `print(report)` shows a table; `save` writes it as text, JSON or a page; `from_json` reads it back.
+
+    Attributes:
+        graphs: one a graph that was compiled, in order
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
