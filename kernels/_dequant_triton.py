@@ -14,6 +14,7 @@ through `tl.dot`, whose left operand is x and whose right one is dequantised in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -249,8 +250,28 @@ def _words(packed: Tensor) -> tuple[Tensor, int]:
     return packed, 1
 
 
-def matmul(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`out` [M, N] (contiguous) = x [M, K] @ weight^T + bias."""
+def configs(rows: int, n: int) -> Iterator[dict[str, int]]:
+    """What `matmul` may be launched with: BYTES of a weight's row a step (one row of x), or BLOCK_J (more rows)."""
+    if rows == 1:
+        for block_n, width, warps in (
+            (4, 1024, 4),
+            (8, 512, 4),
+            (8, 1024, 4),
+            (16, 1024, 8),
+            (16, 512, 4),
+            (32, 256, 4),
+        ):
+            yield {"BLOCK_N": block_n, "BYTES": width, "num_warps": warps}
+        return
+    for block_n in (16, 32, 64):
+        for block_j in (32, 64, 128):
+            yield {"BLOCK_N": block_n, "BLOCK_J": block_j, "num_warps": 4}
+
+
+def matmul(
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, config: Mapping[str, int] | None = None
+) -> Tensor:
+    """`out` [M, N] (contiguous) = x [M, K] @ weight^T + bias, launched as `config` (one of `configs`) says."""
     (m, k), n = x.shape, out.shape[1]
     if m == 0 or n == 0:
         return out
@@ -264,6 +285,8 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> Tenso
     if m == 1 and chunk:
         # (rows, bytes of a row) a step: the best of 60 shapes tried at 4096x4096 int4 on a Hopper GPU.
         block_n, width, warps = (4, 1024, 4) if n <= 2048 else (16, 1024, 8) if n <= 8192 else (16, 512, 4)
+        if config and "BYTES" in config:
+            block_n, width, warps = config["BLOCK_N"], config["BYTES"], config["num_warps"]
         chunks = min(max(width // (chunk * weight.packed.element_size()), 1), next_power_of_2(ceil_div(j, chunk)))
         words, lanes = _words(weight.packed)
         pointers[1], (w_n, w_j) = words, words.stride()
@@ -278,6 +301,8 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> Tenso
     block_m, block_n = min(max(next_power_of_2(m), 16), 128 if values == 1 else 64), 32 if m <= 16 else 64
     exact = x.element_size() == 4
     block_j = 32 if exact else 128 if values == 1 else 64
+    if config and "BLOCK_J" in config:
+        block_n, block_j = config["BLOCK_N"], config["BLOCK_J"]
     sizes = [size for size in (128, 64, 32, 16) if size <= block_j and in_one_group(weight, size)]
     _tile[(ceil_div(n, block_n), ceil_div(m, block_m))](
         *pointers, 1.0, m, n, j, *x.stride(), *weight.strides(),

@@ -81,15 +81,14 @@ def needs_gpu(target: Target) -> str | None:
     return None
 
 
-def op_by_op_only(target: Target) -> str | None:
-    """Why an opaque norm or elementwise kernel should not be used on `target`, or None: the one place for this policy.
+def inductor_fuses(target: Target, *args: object) -> str | None:
+    """Why an opaque norm or elementwise kernel is not believed to pay on `target`: the one place for this policy.
 
     Under the compiler such an op is worth more decomposed: Inductor fuses it with what stands before and after it,
-    which an opaque kernel would read and write once more. Op by op the kernel replaces 2 to 8 launches by 1.
+    which an opaque kernel would read and write once more. Op by op the kernel replaces 2 to 8 launches by 1. For `pays`
+    of an implementation: the tuner may find out better.
     """
-    if target.compiled:
-        return "under the compiler Inductor fuses the decomposed form with its neighbours"
-    return needs_gpu(target)
+    return "under the compiler Inductor fuses the decomposed form with its neighbours" if target.compiled else None
 
 
 def norm_objection(x: Tensor, *others: Tensor) -> str | None:

@@ -12,6 +12,9 @@ of compiled code and can change, so nothing derived from them is kept.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +23,7 @@ from fxopt.graph.symbols import hint, is_static
 from fxopt.kernels import _dequant_triton, _int4, _triton
 from fxopt.kernels._dequant_triton import Weight
 from fxopt.kernels._int4 import Layout, unpack
-from fxopt.ops import Target, fused_op
+from fxopt.ops import Config, Target, fused_op
 
 _SOURCES = [_int4.__file__, _dequant_triton.__file__, _triton.__file__]
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -97,6 +100,39 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
+@int8_matmul.draw
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _drawn(x), _drawn(weight), _drawn(scale) / 100, None if bias is None else _drawn(bias)
+
+
+@int4_matmul.draw
+def _(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, *rest: Any
+) -> tuple[Any, ...]:
+    tables = (None if zero is None else _drawn(zero, 15), None if minimum is None else _drawn(minimum))
+    return (
+        _drawn(x),
+        _drawn(packed),
+        _drawn(scale) / 10,
+        *tables,
+        *rest[:-1],
+        None if rest[-1] is None else _drawn(rest[-1]),
+    )
+
+
+def _drawn(like: Tensor, most: int | None = None) -> Tensor:
+    """A random tensor of the kind: all bits of an integer, or the numbers up to `most`."""
+    shape, strides = like.shape, like.stride()
+    if like.dtype.is_floating_point:
+        numbers = torch.randn(shape).to(like.dtype)
+    else:
+        span = torch.iinfo(like.dtype)
+        numbers = torch.randint(0 if most else span.min, (most or span.max) + 1, shape, dtype=torch.int64).to(
+            like.dtype
+        )
+    return torch.empty_strided(shape, strides, dtype=like.dtype).copy_(numbers)
+
+
 #: (int8, int4) rows up to which the Triton kernels are used. On an H200 (docs/measurements.md) both beat what Inductor
 #: makes of the spelled-out form at 16 rows, and lose to it at 64; between them 32 is a guess, not a measurement.
 _MOST_ROWS = (32, 32)
@@ -116,24 +152,33 @@ def _kernel_fits(bits: int, target: Target, x: Tensor, packed: Tensor) -> str | 
         return f"the kernel computes in float32; x is {x.dtype}"
     if not all(is_static(size) for size in packed.shape):
         return "the kernel is specialised on the weight's shape, which is dynamic here"
-    return too_many_rows(x, bits=bits)
+    rows, most = hint(x.numel() // x.shape[-1]), 4 * _MOST_ROWS[bits == 4]
+    return f"the kernel takes up to {most} rows; there are {rows}" if rows > most else None
 
 
 @int8_matmul.implementation(
-    "triton", opaque=True, when=lambda target, x, weight, *_: _kernel_fits(8, target, x, weight)
+    "triton",
+    opaque=True,
+    when=lambda target, x, weight, *_: _kernel_fits(8, target, x, weight),
+    pays=lambda target, x, *_: too_many_rows(x, bits=8),
+    configs=lambda x, weight, *_: _dequant_triton.configs(math.prod(x.shape[:-1]), weight.shape[0]),
 )
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, config: Config | None = None) -> Tensor:
     n, k = weight.shape
     rows = x.reshape(-1, k)
     if rows.shape[0] > 4 * _MOST_ROWS[0]:  # a dynamic number of rows can be anything
         return int8_matmul.run("decomposed", x, weight, scale, bias)
     described = Weight(weight, scale[:, None], None, None, 0.0, k, Layout(False, 1, 1), k)
-    out = _dequant_triton.matmul(rows, described, bias, x.new_empty((rows.shape[0], n)))
+    out = _dequant_triton.matmul(rows, described, bias, x.new_empty((rows.shape[0], n)), config)
     return out.view(*x.shape[:-1], n)
 
 
 @int4_matmul.implementation(
-    "triton", opaque=True, when=lambda target, x, packed, *_: _kernel_fits(4, target, x, packed)
+    "triton",
+    opaque=True,
+    when=lambda target, x, packed, *_: _kernel_fits(4, target, x, packed),
+    pays=lambda target, x, *_: too_many_rows(x, bits=4),
+    configs=lambda x, packed, *_: _dequant_triton.configs(math.prod(x.shape[:-1]), packed.shape[0]),
 )
 def _(
     x: Tensor,
@@ -145,6 +190,8 @@ def _(
     layout: str,
     offset: float = 0.0,
     bias: Tensor | None = None,
+    *,
+    config: Config | None = None,
 ) -> Tensor:
     n, k = packed.shape[0], x.shape[-1]
     rows = x.reshape(-1, k)
@@ -153,7 +200,7 @@ def _(
     if packed.dtype == torch.int32 and layout == "low/8" and packed.stride(1) == 1:
         packed, layout = packed.view(torch.uint8), "low/2"  # the same bits: GPUs are little-endian
     described = Weight(packed, scale, zero, minimum, offset, group_size, Layout.parse(layout, packed.dtype, k), k)
-    out = _dequant_triton.matmul(rows, described, bias, x.new_empty((rows.shape[0], n)))
+    out = _dequant_triton.matmul(rows, described, bias, x.new_empty((rows.shape[0], n)), config)
     return out.view(*x.shape[:-1], n)
 
 

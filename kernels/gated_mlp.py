@@ -79,7 +79,7 @@ def _(
 
 
 def _triton_objection(target: Target, gate: Tensor, up: Tensor, *rest: object) -> str | None:
-    if objection := _triton.op_by_op_only(target) or _triton.norm_objection(gate, up):
+    if objection := _triton.needs_gpu(target) or _triton.norm_objection(gate, up):
         return objection
     if any(dtype == torch.float64 for dtype in rest):
         return "the Triton kernel computes in float32"
@@ -125,7 +125,7 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * columns + column, product.to(out.dtype.element_ty), mask=live)
 
 
-@gated_activation.implementation("triton", opaque=True, when=_triton_objection)
+@gated_activation.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses)
 def _(
     gate: Tensor,
     up: Tensor,

@@ -41,7 +41,7 @@ def _triton_objection(
     target: Target, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *_: object
 ) -> str | None:
     others = [t for t in (weight, bias) if t is not None]
-    return _triton.op_by_op_only(target) or _triton.norm_objection(x, *others)
+    return _triton.needs_gpu(target) or _triton.norm_objection(x, *others)
 
 
 @jit
@@ -86,7 +86,7 @@ def _group_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + at, normed.to(out.dtype.element_ty), mask=live)
 
 
-@group_norm.implementation("triton", opaque=True, when=_triton_objection)
+@group_norm.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses)
 def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)

@@ -73,7 +73,7 @@ def _triton_objection(target: Target, x: Tensor, dim: int, *rest: object) -> str
         return "the Triton kernel computes in float32"
     if dim not in (-1, x.dim() - 1):
         return "the Triton kernel normalises the last dimension"
-    return _triton.op_by_op_only(target) or _triton.norm_objection(x)
+    return _triton.needs_gpu(target) or _triton.norm_objection(x)
 
 
 @jit
@@ -104,7 +104,7 @@ def _l2_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + row * columns + start + column, (wide / length).to(out.dtype.element_ty), mask=live)
 
 
-@l2_norm.implementation("triton", opaque=True, when=_triton_objection)
+@l2_norm.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses)
 def _(
     x: Tensor, dim: int, eps: float, eps_in: str, compute: torch.dtype | None, out_dtype: torch.dtype | None
 ) -> Tensor:

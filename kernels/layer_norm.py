@@ -98,7 +98,7 @@ def _(
 
 def _triton_objection(target: Target, x: Tensor, *rest: object) -> str | None:
     others = [t for t in rest if isinstance(t, Tensor)]
-    return _triton.op_by_op_only(target) or _triton.norm_objection(x, *others)
+    return _triton.needs_gpu(target) or _triton.norm_objection(x, *others)
 
 
 @jit
@@ -183,12 +183,12 @@ def _launch(
     return out, total
 
 
-@layer_norm.implementation("triton", opaque=True, when=_triton_objection)
+@layer_norm.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses)
 def _(x: Tensor, *rest: Any) -> Tensor:
     return _launch(x, None, *rest)[0]
 
 
-@add_layer_norm.implementation("triton", opaque=True, when=_triton_objection)
+@add_layer_norm.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses)
 def _(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _launch(x, residual, *rest)
 

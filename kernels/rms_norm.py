@@ -12,6 +12,7 @@ Models differ in where they round (Zhang and Sennrich, arXiv:1910.07467, leave i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fxopt.kernels import _triton
 from fxopt.kernels._triton import CompileExample, jit, summed, tl
-from fxopt.ops import Target, fused_op
+from fxopt.ops import Config, Target, fused_op
 
 
 @fused_op(
@@ -147,7 +148,7 @@ def _(
 
 def _triton_objection(target: Target, x: Tensor, *rest: object) -> str | None:
     others = [t for t in rest if isinstance(t, Tensor)]
-    return _triton.op_by_op_only(target) or _triton.norm_objection(x, *others)
+    return _triton.needs_gpu(target) or _triton.norm_objection(x, *others)
 
 
 @jit
@@ -201,6 +202,8 @@ def _launch(
     weight_offset: float,
     round_to: torch.dtype | None,
     out_dtype: torch.dtype | None,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(normed, sum or x), contiguous."""
     total = x
@@ -214,6 +217,8 @@ def _launch(
     columns = x.shape[-1]
     rows = out.numel() // columns
     block, rows_each, warps = _triton.norm_blocks(columns)
+    if config:
+        block, rows_each, warps = config["BLOCK"], config["ROWS"], config["num_warps"]
     x, *x_fold = _triton.as_rows(x)
     summand, *r_fold = _triton.as_rows(x if residual is None else residual)
     _rms_norm_kernel[(_triton.ceil_div(rows, rows_each),)](
@@ -227,14 +232,26 @@ def _launch(
     return out, total
 
 
-@rms_norm.implementation("triton", opaque=True, when=_triton_objection)
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return _launch(x, None, *rest)[0]
+def _configs(x: Tensor, *_: Any) -> Iterable[Config]:
+    """Whole rows with more or fewer threads, and rows in parts (read twice, the second time from L2)."""
+    whole = _triton.next_power_of_2(x.shape[-1])
+    for block in sorted({min(whole, 16384), min(whole, 2048)}):
+        rows = max(1, 2048 // block)
+        for warps in (2, 4, 8, 16, 32):
+            if 4 <= block * rows // (32 * warps) <= 64:  # elements a thread
+                yield {"BLOCK": block, "ROWS": rows, "num_warps": warps}
 
 
-@add_rms_norm.implementation("triton", opaque=True, when=_triton_objection)
-def _(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _launch(x, residual, *rest)
+@rms_norm.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses, configs=_configs)
+def _(x: Tensor, *rest: Any, config: Config | None = None) -> Tensor:
+    return _launch(x, None, *rest, config=config)[0]
+
+
+@add_rms_norm.implementation(
+    "triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses, configs=_configs
+)
+def _(x: Tensor, residual: Tensor, *rest: Any, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    return _launch(x, residual, *rest, config=config)
 
 
 # The reference is already what Inductor fuses best: one reduction and one pointwise tail, each cast free in registers.

@@ -150,7 +150,7 @@ def _(
 
 
 def _triton_objection(target: Target, x: Tensor, *rest: object) -> str | None:
-    if objection := _triton.op_by_op_only(target):
+    if objection := _triton.needs_gpu(target):
         return objection
     tensors = [x, *(t for t in rest if isinstance(t, Tensor))]
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in tensors) or torch.float64 in rest:
@@ -269,12 +269,12 @@ def _launch(
     return outs
 
 
-@rotary.implementation("triton", opaque=True, when=_triton_objection)
+@rotary.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses)
 def _(x: Tensor, *rest: Any) -> Tensor:
     return _launch(x, None, *rest)[0]
 
 
-@rotary_pair.implementation("triton", opaque=True, when=_triton_objection)
+@rotary_pair.implementation("triton", opaque=True, when=_triton_objection, pays=_triton.inductor_fuses)
 def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     made = _launch(q, k, *rest)
     return made[0], made[1]

@@ -65,13 +65,14 @@ def may_pay(op: FusedOp, *fakes: Any) -> bool:
     if wanted.mode == "off" or target.training:
         return False
     args = op.bind(*fakes)
-    if not any(i.opaque and i.unfit(target, *args) is None for i in op.implementations):
-        return False
     metas = key.concrete(args)
+    found = candidates(op, target, args, metas)
+    if not any(candidate.implementation.opaque for candidate in found):
+        return False
     entry = store.load(key.signature(key.describe(op, target, metas, wanted.inductor)))
     if entry is None:
         return wanted.objection() is None
-    chosen = _match(entry, candidates(op, target, args, metas))
+    chosen = _match(entry, found)
     return chosen is not None and chosen.implementation.opaque
 
 

@@ -51,11 +51,17 @@ class Candidate:
 
 
 def candidates(op: FusedOp, target: Target, fakes: Sequence[Any], metas: Sequence[Any]) -> list[Candidate]:
-    """What could compute these arguments on `target`: what the rules choose, and what they pass over but could."""
+    """What could compute these arguments on `target`: what the rules choose, and what they pass over but could.
+
+    Without CUDA graphs an opaque call costs the host time, which no timing here sees: then the rules' word is taken for
+    whether it pays.
+    """
+    seen = target.cuda_graphs or not target.compiled or target.device.type == "cpu"
     guess, _ = op.select(target, *fakes)
     found = [Candidate(guess)] if guess not in op.implementations else []  # the reference
     for implementation in op.implementations:
-        if implementation.unfit(target, *fakes) is None:
+        known = seen or not implementation.opaque
+        if (implementation.unfit if known else implementation.objection)(target, *fakes) is None:
             found.append(Candidate(implementation))
             configs = implementation.configs(*metas) if implementation.configs is not None else ()
             found += [Candidate(implementation, dict(config)) for config in configs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from fxopt.kernels import _int4
 from fxopt.kernels.dequant_matmul import int4_matmul, int8_matmul
@@ -235,6 +236,30 @@ def test_dynamic_rows():
         y = torch.randn(m, 64)
         torch.testing.assert_close(compiled(y), int4_matmul.reference(y, *rest))
     assert calls == 1
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_every_configuration(assert_as_good_as, triton_device, m):
+    for op, args in ((int4_matmul, int4_case(m, 40, 256)), (int8_matmul, int8_case(m, 40, 256))):
+        args = on(triton_device, args)
+        kernel = next(i for i in op.implementations if i.name == "triton")
+        eager, truth = op.reference(*args), in_float64(op, args)
+        for config in kernel.configs(*op.bind(*args)):
+            assert_as_good_as(op.run("triton", *args, config=config), eager, truth, ulps=4)
+
+
+def test_what_the_tuner_draws_is_of_the_kind_and_has_all_bits():
+    for op, args in ((int4_matmul, int4_case(3, 40, 256, form="integer zero")), (int8_matmul, int8_case(3, 40, 256))):
+        args = op.bind(*args)
+        metas = tree_map(lambda a: a.to("meta") if isinstance(a, torch.Tensor) else a, args)
+        drawn = op.drawn(*metas)
+        kinds = [[(t.shape, t.dtype) for t in some if isinstance(t, torch.Tensor)] for some in (args, drawn)]
+        assert kinds[0] == kinds[1]
+        assert [a for a in drawn if not isinstance(a, torch.Tensor)] == [
+            a for a in args if not isinstance(a, torch.Tensor)
+        ]
+        assert len(drawn[1].unique()) > 200
+        assert op.reference(*drawn).isfinite().all()
 
 
 @pytest.mark.gpu

@@ -161,3 +161,15 @@ def test_which_implementation_serves_where(target, order, dtype, chosen):
     assert not implementation.opaque
     assert all(reason for _, reason in passed_over)
     torch.testing.assert_close(implementation.run(*args), rms_norm.reference(*args))
+
+
+@pytest.mark.parametrize("columns", [130, 5120, 20000])
+def test_every_configuration(assert_as_good_as, triton_device, columns):
+    x, r = (torch.randn(3, columns, device=triton_device).to(BF16) for _ in range(2))
+    rest = case("llama", BF16, BF16, columns, triton_device)
+    configs = list(rms_norm.implementations[1].configs(x))
+    assert configs
+    for config in configs:
+        y, total = add_rms_norm.run("triton", x, r, *rest, config=config)
+        assert torch.equal(total, x + r)
+        assert_as_good_as(y, add_rms_norm.reference(x, r, *rest)[0], exact(x + r, *rest))
