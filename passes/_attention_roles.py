@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from fxopt.graph.query import arguments, aten, is_call, val
 from fxopt.graph.symbols import Dim, known_equal, same_shape
+from fxopt.match import hints
 from fxopt.match.axes import Layout, extent, identity, product, reshape, simplify
 from fxopt.match.miss import Miss
 from fxopt.match.region import Step, back, carried, producers
@@ -110,7 +111,8 @@ def _read(softmax: Node, end: Node, scores: Node, dim: int) -> Roles | Miss:
     output, lead = weights.output, weights.lead
     wide = {i.dtype for i in program if isinstance(i, (Add, Fill, Cast))} | {val(scores).dtype, val(softmax).dtype}
     if torch.float64 in wide and torch.float64 not in {val(lhs).dtype, val(output).dtype}:
-        return Miss("the scores are computed in float64, wider than the fused op would", scores, progress)
+        what = "the scores are computed in float64, wider than the fused op would"
+        return Miss(what, scores, progress, hints.same_dtype("the scale and the mask", val(lhs).dtype))
     region = {scores, softmax, output, *weights.region, *(n for s in steps for n in (*s.inner, s.node))}
     frames = (frame, frame, Frame(lead, frame.batch, frame.heads))
     ends, bare = (lhs, rhs, weights.values), _is_read_again(weights)
@@ -180,7 +182,7 @@ def read_sdpa(node: Node) -> Roles | Miss:
     given = arguments(node)
     q, k, v, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
     if given["dropout_p"] != 0:
-        return Miss(f"dropout is active (dropout_p={given['dropout_p']})", node, 1)
+        return Miss(f"dropout is active (dropout_p={given['dropout_p']})", node, 1, hints.DROPOUT)
     if any(val(x).dim() < 2 for x in (q, k, v)):
         return Miss("the operands have fewer than two dimensions", node, 1)
     if not known_equal(val(k).shape[-2], val(v).shape[-2]):
@@ -195,7 +197,9 @@ def read_sdpa(node: Node) -> Roles | Miss:
     if scale is None:
         width = val(q).shape[-1]
         if not isinstance(width, int) or width == 0:
-            return Miss(f"the head size {width} is not a number, so the scale isn't either", node, 1)
+            return Miss(
+                f"the head size {width} is not a number, so the scale isn't either", node, 1, "pass scale=, a number"
+            )
         scale = 1 / math.sqrt(width)
     program: list[Instruction] = [Scale(scale)]
     if mask is not None and val(mask).dtype == torch.bool:

@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from fxopt.graph.query import arguments, aten, is_call, is_cast, is_copy, users, val
 from fxopt.graph.symbols import Dim, known_equal, same_shape
+from fxopt.match import hints
 from fxopt.match.axes import Layout, is_layout, same_layout, through
 from fxopt.match.miss import Miss
 from fxopt.match.region import Step, carried, number, passes_on
@@ -182,13 +183,15 @@ def _product(softmax: Node) -> tuple[Node, int] | Miss | None:
     members = set(cone)
     for at in _between(end, members):
         if is_call(at, aten.dropout):
-            return Miss("dropout is active on the attention weights", at)
+            return Miss("dropout is active on the attention weights", at, hint=hints.DROPOUT)
         others = [u for u in users(at) if u not in members and u is not output]
         if others:
-            return Miss(f"the attention weights are also used by {others[0].name}", others[0])
+            return Miss(
+                f"the attention weights are also used by {others[0].name}", others[0], hint=hints.kept(at, others[0])
+            )
     if len({p for p, _ in products}) > 1:
         other = next(p for p, _ in products if p is not output)
-        return Miss(f"the attention weights are also used by {other.name}", other)
+        return Miss(f"the attention weights are also used by {other.name}", other, hint=hints.kept(end, other))
     position = 1 if output.target in (aten.baddbmm.default, aten.addmm.default) else 0
     if [i for i, a in enumerate(output.args) if a is end] != [position]:
         return Miss(f"the attention weights are not the left operand of {output.name}", output)

@@ -13,7 +13,7 @@ and what `_attention_plan`, `_attention_mask` and `_attention_weights` say of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,7 @@ class FuseAttention(Fusion):
     """
 
     anchors: ClassVar[tuple[Any, ...]] = (*SOFTMAXES, SDPA)
+    expected: ClassVar[tuple[Any, ...]] = anchors
     #: masks become bounds on each row's keys where they can; None: on GPUs, whose kernels visit only what lies within
     bounds: bool | None = None
 
@@ -81,7 +82,7 @@ class FuseAttention(Fusion):
         grouped = roles.k is not None and not known_equal(roles.k.heads, roles.sizes[HEADS])
         arranged = plan(roles.program, roles.sizes, scales, roles.covered, roles.is_causal, grouped)
         if isinstance(arranged, Miss):
-            return Miss(arranged.reason, arranged.node, progress)
+            return replace(arranged, progress=progress)
         bad = _too_wide(roles, arranged)
         if bad is not None:
             return Miss(bad, arranged.mix or roles.output, progress)

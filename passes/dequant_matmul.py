@@ -20,6 +20,7 @@ from fxopt.graph.scope import Scope
 from fxopt.graph.symbols import is_static, known_equal
 from fxopt.kernels import _int4
 from fxopt.kernels.dequant_matmul import int4_matmul, int8_matmul, too_many_rows
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.passes._dequant_chain import INTEGERS, Chain, Unsupported, constant
@@ -99,7 +100,7 @@ def _root(product: Product) -> Node | Miss | None:
         if not is_tensor(node) or val(node).dtype not in INTEGERS or constant(node):
             continue
         if not all(map(is_static, val(node).shape)):
-            return Miss("the quantised weight has a dynamic shape", node, 1)
+            return Miss("the quantised weight has a dynamic shape", node, 1, hints.STATIC)
         dtype, count = val(node).dtype, val(node).numel()
         eight = dtype == torch.int8 and count == val(product.weight).numel()
         four = dtype in _int4.VALUES and count * _int4.VALUES[dtype] == val(product.weight).numel()
@@ -114,7 +115,8 @@ def _root(product: Product) -> Node | Miss | None:
 
 def _match(product: Product, root: Node) -> Match | Miss:
     if val(product.x).dtype != val(product.weight).dtype:
-        return Miss("x and the dequantised weight differ in dtype", product.node, 1)
+        hint = hints.same_dtype("x", val(product.weight).dtype)
+        return Miss("x and the dequantised weight differ in dtype", product.node, 1, hint)
     if known_equal(val(product.weight).numel(), 0):
         return Miss("the quantised weight is empty", product.weight, 1)
     nodes, _ = Chain.collect(product.weight)
@@ -126,7 +128,10 @@ def _match(product: Product, root: Node) -> Match | Miss:
     for node in inside:
         outside = [u for u in users(node) if u not in covered]
         if outside:
-            return Miss(f"the dequantised weight is also used by {outside[0].name}", outside[0], len(inside))
+            what = f"the dequantised weight is also used by {outside[0].name}"
+            return Miss(
+                what, outside[0], len(inside), "dequantise once for each use: then no product needs it in memory"
+            )
     try:
         stripped = set(covered)
         tables = {role: strip(node, stripped) for role, node in roles.tables.items()}

@@ -15,6 +15,7 @@ from torch.fx import Node
 from fxopt.graph.query import arguments, is_call, users, val
 from fxopt.graph.symbols import is_static
 from fxopt.kernels.group_norm import group_norm
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.rewrite.fusion import Example, Fusion
@@ -47,12 +48,13 @@ class FuseGroupNorm(Fusion):
             nodes.update(users(node))
         x = given["input"]
         if not is_static(val(x).shape[1]):
-            return Miss("the number of channels is dynamic", node, 1)
+            return Miss("the number of channels is dynamic", node, 1, hints.STATIC)
         bindings = {"x": x, "eps": given["eps"]}
         bindings |= {name: given[key] for name, key in (("w", "weight"), ("b", "bias")) if given[key] is not None}
         for name in set(bindings) & {"w", "b"}:
             if val(bindings[name]).dtype != val(x).dtype:
-                return Miss(f"{name} is {val(bindings[name]).dtype}, x {val(x).dtype}", bindings[name], 1)
+                what = f"{name} is {val(bindings[name]).dtype}, x {val(x).dtype}"
+                return Miss(what, bindings[name], 1, hints.same_dtype(name, val(x).dtype))
         followers = users(out)
         silu = len(followers) == 1 and is_call(followers[0], aten.silu.default)
         if silu:

@@ -14,6 +14,7 @@ from torch.fx import Node
 from fxopt.graph.query import arguments, is_call, is_cast, is_widening_cast, users, val
 from fxopt.graph.symbols import same_shape
 from fxopt.kernels.l2_norm import l2_norm
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.pattern import OneOf, cast
@@ -61,7 +62,7 @@ class FuseL2Norm(PatternFusion):
         if not x.dtype.is_floating_point or x.dim() == 0:
             return Miss(f"x is {x.dtype} with {x.dim()} dimensions", match["x"])
         if isinstance(match.val("eps"), Tensor):
-            return Miss("eps is a tensor, not a number", match["eps"])
+            return Miss("eps is a tensor, not a number", match["eps"], hint=hints.NUMBER)
         return None
 
     def rewrite(self, match: Match) -> Node:

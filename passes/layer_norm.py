@@ -13,6 +13,7 @@ from torch.fx import Node
 from fxopt.graph.query import arguments, is_call, is_cast, is_widening_cast, users, val
 from fxopt.graph.symbols import same_shape
 from fxopt.kernels import layer_norm as ops
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.pattern import OneOf, cast, upcast
@@ -76,7 +77,7 @@ class FuseLayerNorm(PatternFusion):
         if not x.dtype.is_floating_point:
             return Miss(f"x is {x.dtype}, not floating point", match["x"])
         if isinstance(match.val("eps"), Tensor):
-            return Miss("eps is a tensor, not a number", match["eps"])
+            return Miss("eps is a tensor, not a number", match["eps"], hint=hints.NUMBER)
         if val(norm).dtype != x.dtype:
             return Miss(f"the result is {val(norm).dtype}, x {x.dtype}: the op would round it to that first", norm)
         return None

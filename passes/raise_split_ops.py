@@ -20,6 +20,7 @@ from torch.fx import Node
 from fxopt.graph.query import arguments, is_call, users, val
 from fxopt.graph.scope import Scope
 from fxopt.graph.symbols import known_equal
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.rewrite.fusion import Example, Fusion
@@ -54,7 +55,7 @@ class RaiseSplitOps(Fusion):
         if is_call(node, aten._softmax.default):
             return Match((node,), frozenset({node}), {"self": given["self"]}, {"given": given})
         if given.get("dropout_p"):
-            return Miss(f"dropout is active (dropout_p={given['dropout_p']})", node, 1)
+            return Miss(f"dropout is active (dropout_p={given['dropout_p']})", node, 1, hints.DROPOUT)
         taken = [user for user in users(node) if user.target is operator.getitem and user.args[1] == 0]
         others = [user for user in users(node) if user not in taken and user.users]
         if others or len(taken) != 1:

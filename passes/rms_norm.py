@@ -13,6 +13,7 @@ from torch.fx import Node
 from fxopt.graph.query import arguments, is_call, val
 from fxopt.graph.symbols import known_equal
 from fxopt.kernels import rms_norm as ops
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.pattern import OneOf, at_least_float32, cast, upcast
@@ -80,10 +81,11 @@ class FuseRMSNorm(PatternFusion):
         if w is not None and (w.dim() != 1 or not known_equal(w.shape[0], x.shape[-1])):
             return Miss(f"the weight has shape {list(w.shape)}, x's rows have {x.shape[-1]} elements", match["w"])
         if w is not None and not w.dtype.is_floating_point:
-            return Miss(f"the weight is {w.dtype}, not floating point", match["w"])
+            what = f"the weight is {w.dtype}, not floating point"
+            return Miss(what, match["w"], hint=hints.same_dtype("the weight", x.dtype))
         for name in ("eps", "offset"):
             if isinstance(match.val(name), Tensor):
-                return Miss(f"{name} is a tensor, not a number", match[name])
+                return Miss(f"{name} is a tensor, not a number", match[name], hint=hints.NUMBER)
         return None
 
     def rewrite(self, match: Match) -> Node | tuple[Node, ...]:

@@ -15,6 +15,7 @@ from torch.fx import Node
 from fxopt.graph.query import is_call, is_cast, is_permute, is_reshape, is_tensor, is_widening_cast, users, val
 from fxopt.graph.symbols import is_static, known_equal, same_shape
 from fxopt.kernels import rotary as ops
+from fxopt.match import hints
 from fxopt.match.legality import illegality
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
@@ -71,7 +72,7 @@ class FuseRotary(Fusion):
         if not _turns(node):
             return None
         if not is_static(val(node.args[0][0]).shape[-1]):  # type: ignore[index]
-            return Miss("the number of lanes is dynamic", node, 1)
+            return Miss("the number of lanes is dynamic", node, 1, hints.STATIC)
         found = rotation_around(node)
         if not isinstance(found, Rotation):
             return found
@@ -233,12 +234,15 @@ def _finish(reader: Reader, out: Node, cos: Node, sin: Node, options: dict[str, 
     """The rotation with the casts around it."""
     nodes = reader.nodes(out)
     for node in nodes - {out}:
-        if any(user not in nodes for user in users(node)):
-            return Miss(f"the inner value {node.name} is also used outside of the rotation", node, 3)
+        outside = [user for user in users(node) if user not in nodes]
+        if outside:
+            what = f"the inner value {node.name} is also used outside of the rotation"
+            return Miss(what, node, 3, hints.kept(node, outside[0]))
     dtypes = {dtype for node, dtype in reader.dtypes.items() if node in nodes and not is_call(node, aten.neg.default)}
     rounded = {dtype for node, dtype in reader.rounded.items() if node in nodes}
     if len(dtypes) != 1 or rounded - {val(out).dtype}:
-        return Miss("parts of the rotation are computed in different dtypes", out, 4)
+        hint = hints.same_dtype("cos and sin", val(out).dtype)
+        return Miss("parts of the rotation are computed in different dtypes", out, 4, hint)
     (wide,) = dtypes
     if len(users(out)) == 1 and is_cast(users(out)[0]) and not rounded and not is_widening_cast(users(out)[0]):
         (out,) = users(out)

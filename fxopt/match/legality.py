@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from fxopt.graph.query import is_mutable, users
 from fxopt.graph.scope import Scope, is_random, storages
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 
@@ -23,14 +24,15 @@ def illegality(match: Match, scope: Scope) -> Miss | None:
         if is_mutable(node):
             return Miss(f"{node.name} writes to its argument", node, progress)
         if is_random(node):
-            return Miss(f"{node.name} draws random numbers", node, progress)
+            return Miss(f"{node.name} draws random numbers", node, progress, hints.DROPOUT)
         if not scope.is_pure(node):
             return Miss(f"{node.name} is not a pure function", node, progress)
     outside: list[Node] = []
     for node in match.nodes:
         others = [u for u in users(node) if u not in match.nodes]
         if others and node not in match.outputs:
-            return Miss(f"the inner value {node.name} is also used by {others[0].name}", others[0], progress)
+            what = f"the inner value {node.name} is also used by {others[0].name}"
+            return Miss(what, others[0], progress, hints.kept(node, others[0]))
         outside += others
 
     sources = [source for node in match.nodes for source in node.all_input_nodes if source not in match.nodes]
@@ -41,7 +43,8 @@ def illegality(match: Match, scope: Scope) -> Miss | None:
 
     hidden = _cut_off(match, sources, scope)
     if hidden is not None:
-        return Miss(f"{hidden.name} runs without gradients: the replacement would read through it", hidden, progress)
+        what = f"{hidden.name} runs without gradients: the replacement would read through it"
+        return Miss(what, hidden, progress, "put torch.no_grad() around all of it, or around none of it")
     read = frozenset().union(*(storages(s) for s in sources)) if sources else frozenset()
     for output in match.outputs:
         if storages(output) & read:
@@ -54,7 +57,8 @@ def illegality(match: Match, scope: Scope) -> Miss | None:
         touched = storages(node).union(*(storages(s) for s in node.all_input_nodes))
         write = scope.write_between(first, last, touched)
         if write is not None:
-            return Miss(f"{write.name} writes to a value that {node.name} reads or makes", write, progress)
+            what = f"{write.name} writes to a value that {node.name} reads or makes"
+            return Miss(what, write, progress, "compute a new tensor there instead of writing in place")
     for bound in match.bindings.values():
         # A variable bound behind a cast or view that others share: it was read before, it will be read at `place`.
         if isinstance(bound, Node) and bound not in match.nodes and bound not in sources and bound.op != "get_attr":

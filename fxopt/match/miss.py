@@ -53,4 +53,6 @@ class NearMiss:
     def of(cls, fusion: str, anchor: Node, miss: Miss) -> NearMiss:
         """The report's form of `miss`."""
         at = miss.node if miss.node is not None else anchor
-        return cls(fusion, anchor.name, miss.reason, at.name, source_line(at), miss.progress, miss.hint)
+        return cls(
+            fusion, anchor.name, miss.reason, at.name, source_line(at) or source_line(anchor), miss.progress, miss.hint
+        )

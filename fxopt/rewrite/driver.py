@@ -167,7 +167,8 @@ class _Driver:
         except Exception as error:  # a fusion's own code can raise anything; the model must still run
             self._warn(fusion, f"raised while matching at {anchor.name}", error)
             self.given_up.add((fusion.name, anchor))
-            return Miss(f"the fusion raised {type(error).__name__}: {error}", anchor)
+            hint = f'leave it out with options={{"disable": ["{fusion.name}"]}}, and tell its author'
+            return Miss(f"the fusion raised {type(error).__name__}: {error}", anchor, hint=hint)
 
     def _find(self, fusion: Fusion, anchor: Node) -> Match | Miss | None:
         found = fusion.find(anchor, self.scope)

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.graph.query import users
+from fxopt.match import hints
 from fxopt.match.exact import difference
 from fxopt.match.match import Match
 from fxopt.match.matcher import Found, Matcher
@@ -166,5 +167,6 @@ def _leak(match: Match) -> Miss | None:
         if node not in match.outputs:
             for user in users(node):
                 if user not in match.nodes:
-                    return Miss(f"the inner value {node.name} is also used by {user.name}", user, len(match.nodes))
+                    what = f"the inner value {node.name} is also used by {user.name}"
+                    return Miss(what, user, len(match.nodes), hints.kept(node, user))
     return None

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.query import val
+from fxopt.match import hints
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.pattern import PatternError
@@ -74,7 +75,7 @@ class Rule(PatternFusion):
         """Numbers are known while the graph is compiled; then what the rule's `when` says."""
         for name, value in match.bindings.items():
             if isinstance(value, Node) and not isinstance(val(value), Tensor):
-                return Miss(f"{name} is known only at run time", value)
+                return Miss(f"{name} is known only at run time", value, hint=hints.NUMBER)
         return self.when(match) if self.when is not None else None
 
     def rewrite(self, match: Match) -> Node | tuple[Node, ...]:

@@ -68,7 +68,7 @@ def explain(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Explan
 
 
 def left(report: Report) -> list[str]:
-    """Ops that a fusion is expected to take (`Fusion.expected`) and that are left without even a near miss, in words."""
+    """Ops that a fusion should take (`Fusion.expected`) and that are left without even a near miss, in words."""
     from fxopt.rewrite.plugins import fusions
 
     takers = {str(op).removeprefix("aten."): name for name, fusion in fusions().items() for op in fusion.expected}

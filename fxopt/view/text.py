@@ -337,11 +337,16 @@ def _error(error: float | None) -> str:
 # -- the explanation -----------------------------------------------------------------------------------------------
 
 
-def explanation(report: Report, breaks: Sequence[str] = ()) -> str:
-    """What fused and what did not, site by site, without times: the same model gives the same text."""
+def explanation(report: Report, breaks: Sequence[str] = (), left: Sequence[str] = ()) -> str:
+    """What fused and what did not, site by site, without times: the same model gives the same text.
+
+    `breaks` and `left` are lines on graph breaks, and on ops that no fusion nearly took.
+    """
     lines = [summary(report) + (f", {count(len(breaks), 'graph break')}" if breaks else "")]
     for graph in report.graphs:
         lines += ["", *_graph(graph)]
+    if left:
+        lines += ["", "left as they are", *(f"  {line}" for line in left)]
     if breaks:
         lines += ["", "graph breaks (fxopt sees each piece by itself)", *(f"  {line}" for line in breaks)]
     return clean("\n".join(lines))
