@@ -33,11 +33,13 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Make a page for each bundled fusion."""
     measurements = (DOCS / "measurements.md").read_text(encoding="utf-8")
-    table = []
+    tables: dict[str, list[str]] = {"fuse": [], "raise": []}
     for page in fusion_pages.pages(measurements):
         files.append(File.generated(config, f"fusions/{page.name}.md", content=page.markdown()))
-        table.append(f"| [{page.name}]({page.name}.md) | `{page.headline}` |")
-    _extend(files, config, "fusions/index.md", ["", "| | |", "|---|---|", *table])
+        tables[page.stage].append(f"| [{page.name}]({page.name}.md) | `{page.headline}` |")
+    lines = ["", "## Fusions", "", "| | |", "|---|---|", *tables["fuse"]]
+    lines += ["", "## Raising rules", "", "They bring spelled-out forms back to one op, for fusions to find.", ""]
+    _extend(files, config, "fusions/index.md", [*lines, "| | |", "|---|---|", *tables["raise"]])
     _extend(files, config, "reference/command-line.md", _commands())
     return files
 
@@ -58,7 +60,9 @@ def _commands() -> list[str]:
         lines += ["", f"## {name}", "", command.help, "", f"    fxopt {name} {usage}", "", "| | |", "|---|---|"]
         for given in command.params:
             names = given.opts if given.param_type_name == "option" else [given.name]
-            lines.append(f"| {', '.join(f'`{each}`' for each in names)} | {' '.join((given.help or '').split())} |")
+            words = " ".join((given.help or "").split())
+            default = f" [`{given.default}`]" if isinstance(given.default, (str, int)) and given.default else ""
+            lines.append(f"| {', '.join(f'`{each}`' for each in names)} | {words}{default} |")
     return lines
 
 

@@ -18,6 +18,7 @@ import pytest
 
 import fxopt
 import fxopt.view.show
+from fxopt.testing import CHECKS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -64,6 +65,12 @@ def assert_typed(function):
     for parameter in signature.parameters.values():
         typed = parameter.annotation is not inspect.Parameter.empty
         assert typed or parameter.name in ("self", "cls"), f"{function.__qualname__}({parameter.name}) has no type"
+
+
+def test_the_checks_of_the_conformance_kit_are_listed():
+    page = (DOCS / "reference" / "testing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(CHECKS)
 
 
 def test_links_work_where_the_repository_is_read():
