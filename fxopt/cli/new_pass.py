@@ -45,13 +45,21 @@ def new_pass(
 
 def checked(name: str) -> str:
     """The name, if a module, an op and an entry point can bear it. Raises UserError otherwise."""
+    from fxopt.rewrite.fusion import name_of
     from fxopt.rewrite.plugins import fusions
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UserError(f"{name!r} can't name a module: use lower-case letters, digits and underscores, as in soft_cap")
+    if (own := name_of(class_of(name))) != name:
+        raise UserError(f"the class {class_of(name)} would be called {own!r} in reports, not {name!r}: use that name")
     if name in fusions():
         raise UserError(f"there is a fusion {name!r} already (see fxopt passes): give yours another name")
     return name
+
+
+def class_of(name: str) -> str:
+    """The class of the fusion that is called `name`."""
+    return "Fuse" + "".join(part.capitalize() for part in name.split("_"))
 
 
 def project(name: str) -> dict[str, str]:
@@ -65,6 +73,6 @@ def project(name: str) -> dict[str, str]:
         "name": name,
         "package": f"fxopt_{name}",
         "distribution": f"fxopt-{name.replace('_', '-')}",
-        "fusion": "Fuse" + "".join(part.title() for part in name.split("_")),
+        "fusion": class_of(name),
     }
     return {path.format(**names): templates.get_template(file).render(names) for file, path in FILES.items()}

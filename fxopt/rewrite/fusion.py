@@ -81,8 +81,7 @@ class Fusion(ABC):
     @property
     def name(self) -> str:
         """The name used in options and reports: the class name in snake case without a leading "Fuse"."""
-        plain = type(self).__name__.removeprefix("Fuse")
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", plain).lower()
+        return name_of(type(self).__name__)
 
     @abstractmethod
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
@@ -108,6 +107,12 @@ class Fusion(ABC):
     def location(self) -> str:
         """file:line of the class, shown beside every node that it makes."""
         return _location(type(self))
+
+
+def name_of(class_name: str) -> str:
+    """The name that a fusion of this class has."""
+    plain = class_name.removeprefix("Fuse")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", plain).lower()
 
 
 @functools.cache  # reading and tokenising the source takes 10 ms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fxopt.cli import run
-from fxopt.cli.new_pass import project
+from fxopt.cli.new_pass import checked, project
+from fxopt.rewrite.fusion import name_of
 
 PROJECT = Path(__file__).parents[1] / "plugin_project"
 
@@ -35,6 +37,9 @@ def test_the_project_in_the_tree_is_what_the_command_writes(tmp_path, monkeypatc
     [
         (["Soft-Cap"], "use lower-case letters"),
         (["lambda"], "use lower-case letters"),
+        (["norm_2d"], "called 'norm2d' in reports"),
+        (["norm_"], "called 'norm' in reports"),
+        (["a_b"], "called 'ab' in reports"),
         (["rms_norm"], "there is a fusion 'rms_norm' already"),
         (["mine", "--directory", "."], "exists already"),
         (["mine", "--directory", "taken"], "exists already"),
@@ -48,6 +53,12 @@ def test_wrong_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err.strip()
     assert words in error.lower()
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("name", ["soft_cap", "norm2d", "qk_norm", "x", "l2"])
+def test_the_class_is_called_as_the_project(name):
+    (fusion,) = [text for path, text in project(name).items() if path.endswith("fusion.py")]
+    assert name_of(re.search(r"class (\w+)\(", fusion)[1]) == checked(name) == name
 
 
 @pytest.fixture(scope="module")
