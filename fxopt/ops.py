@@ -349,6 +349,11 @@ def find_op(target: Any) -> FusedOp | None:
     return _OPS.get(target)
 
 
+def op_named(name: str) -> FusedOp | None:
+    """The fused op of that name, defined last under it; None where there is none."""
+    return next((op for op in reversed(_OPS.values()) if op.name == name), None)
+
+
 def _qualified(overload: torch._ops.OpOverload) -> str:
     return f"{overload.namespace}::{overload._schema.name.split('::')[1]}.{overload._overloadname}"
 
