@@ -297,6 +297,7 @@ def _site(choice: Choice) -> Site:
         verdict=made_by.verdict if made_by else Verdict("unchecked"),
         passed_over=choice.passed_over,
         node=choice.node,
+        arguments=choice.arguments,
     )
 
 

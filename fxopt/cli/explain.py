@@ -57,6 +57,7 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write a page to step through the rewrites.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the same as data.")] = None,
     graph: Annotated[Path | None, typer.Option(help="Write the rewritten graphs, as .graphml or .dot.")] = None,
+    kernels: Annotated[Path | None, typer.Option(help="Write each kernel as a file that checks itself, here.")] = None,
     random: Random = False,
     layers: Layers = 2,
     prompt: Prompt = None,
@@ -78,6 +79,14 @@ def inspect(
                 raise UserError(f"can't write {path}: {error.strerror or error}") from None
             except (ImportError, ValueError) as error:  # no networkx; nothing was drawn
                 raise UserError(f"can't write {path}: {error}") from None
+    if kernels is not None:
+        try:
+            for written in report.kernels(kernels.expanduser()):
+                out.print(f"written: {written}", markup=False, soft_wrap=True)
+        except OSError as error:
+            raise UserError(f"can't write to {kernels}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise UserError(f"can't write kernels: {error}") from None
     return 0
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from fxopt.graph.canonical import canonicalise
 from fxopt.graph.query import val
+from fxopt.lower.arguments import written
 from fxopt.lower.strides import restore_strides
 from fxopt.ops import FusedOp, Implementation, Target, find_op, spelled
 from fxopt.rewrite.driver import STANDS_FOR
@@ -38,6 +39,7 @@ class Choice:
     provenance: Any  # the Rewrite that made the node, or None
     passed_over: tuple[tuple[str, str], ...]
     code: str  # what stands in the op's place: the traced nodes, or the source of the opaque call
+    arguments: tuple[str, ...] = ()  # as expressions, sizes as at the first call
 
 
 def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
@@ -66,7 +68,7 @@ def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
             code = _inline(module.graph, node, op, decision, args, traces)
         if decision.note:
             code = f"# measured: {decision.note}\n{code}"
-        choices.append(Choice(name, op.name, chosen.name, made_by, decision.passed_over, code))
+        choices.append(Choice(name, op.name, chosen.name, made_by, decision.passed_over, code, written(fakes)))
     for node in list(module.graph.nodes):
         if STANDS_FOR in node.meta:  # an opaque call, or a raised form that stayed in part
             _restore(module.graph, node)

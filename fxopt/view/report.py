@@ -30,6 +30,7 @@ class Site:
         verdict: what verification found
         passed_over: (implementation, objection) of those that came before it
         node: the fused op's node, as a step's `made` names it
+        arguments: the op's arguments as expressions, sizes and strides as at the first call
     """
 
     fusion: str
@@ -40,6 +41,7 @@ class Site:
     verdict: Verdict
     passed_over: tuple[tuple[str, str], ...] = ()
     node: str = ""
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,17 @@ class Report:
         from fxopt.view.save import save
 
         return save(self, path)
+
+    def kernels(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write the sites' kernels into `folder`, each as a file that runs by itself and checks itself; their paths.
+
+        One file for each opaque implementation and kind of arguments: source, shapes and strides, reference, check.
+        Where a site was computed by something else, it is the kernel that the op has. Raises ValueError where an op of
+        the report isn't registered here.
+        """
+        from fxopt.view.kernels import write_kernels
+
+        return write_kernels(self, folder)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Report:

@@ -199,8 +199,12 @@ def _step(data: Mapping[str, Any]) -> Step:
 
 
 def _site(data: Mapping[str, Any]) -> Site:
-    passed_over = tuple((name, objection) for name, objection in data["passed_over"])
-    return Site(**{**data, "verdict": _verdict(data["verdict"]), "passed_over": passed_over})
+    made = {
+        "verdict": _verdict(data["verdict"]),
+        "passed_over": tuple((name, objection) for name, objection in data["passed_over"]),
+        "arguments": tuple(data.get("arguments", ())),
+    }
+    return Site(**{**data, **made})
 
 
 def _verdict(data: Mapping[str, Any]) -> Verdict:

@@ -152,3 +152,17 @@ def test_torch_is_left_as_it_was(builders):
     before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     run(["explain", f"{builders}:norm"])
     assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+
+def test_inspect_writes_kernels_that_check_themselves(builders, tmp_path, capsys):
+    assert run(["inspect", f"{builders}:norm", "--kernels", str(tmp_path / "kernels")]) == 0
+    assert f"written: {tmp_path}/kernels/layer_norm_0.py" in capsys.readouterr().out
+    compile((tmp_path / "kernels/layer_norm_0.py").read_text(), "layer_norm_0.py", "exec")
+
+
+def test_kernels_of_an_op_that_is_not_here(report, tmp_path, capsys):
+    site = dataclasses.replace(report.graphs[0].sites[0], op="nowhere")
+    report.graphs[0].sites = [site]
+    path = report.save(tmp_path / "r.json")
+    assert run(["inspect", str(path), "--kernels", str(tmp_path / "kernels")]) == 2
+    assert "the op nowhere of the report is not registered here" in capsys.readouterr().err
