@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What docs/measurements.md holds, and the tests that need a GPU, into one folder:
 #
-#     PYTHON=python3 benchmarks/run_all.sh FOLDER [tests] [llama] [dequant] [demo] [stages] [compile] [saved]
+#     PYTHON=python3 benchmarks/run_all.sh FOLDER [tests] [llama] [decode] [timeline] [dequant] [demo] [stages] [compile] [saved]
 #
 # Without names, all of them. Each goes on where one before it failed; the exit code is that of the last failure.
 set -u
@@ -30,6 +30,8 @@ demos() {
 wanted="$*"
 step tests "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/lower tests/training/test_gpu.py tests/training/test_distributed.py tests/test_generate.py tests/kernels -W ignore
 step llama "$python" benchmarks/llama.py --layers 8 --out "$out/llama.json"
+step decode "$python" benchmarks/decode_ops.py --out "$out" --table
+step timeline "$python" benchmarks/decode_timeline.py --out "$out"
 step dequant "$python" benchmarks/dequant_matmul.py
 step demo demos
 step stages "$python" benchmarks/compile_stages.py

@@ -1,0 +1,108 @@
+"""The measurements of a decode step run, at tiny sizes on a CPU, and their arithmetic is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+import decode_ops
+import decode_timeline
+from decode_timeline import Kernel, analyse
+
+
+def test_a_timeline_adds_up():
+    kernels = [
+        Kernel("ampere_gemm", 0, 10), Kernel("triton_red_fused_norm", 12, 14), Kernel("flash_fwd", 13, 16),
+        Kernel("ampere_gemm", 20, 32), Kernel("Memcpy DtoD", 32, 33),
+    ]  # fmt: skip
+    found = analyse(kernels, 2, {"matmul": 15.0, "attention": 1.0})
+    assert (found.span, found.busy, found.gaps, found.kernels, found.a_layer, found.limit) == (33, 27, 6, 5, 2.5, 16)
+    assert found.losses == [
+        ("matmul kernels beyond their bytes", 7.0), ("gaps between kernels", 6.0), ("other kernels", 2.0),
+        ("attention kernels beyond their bytes", 2.0), ("copy kernels", 1.0),
+    ]  # fmt: skip
+    assert found.longest[0] == ("ampere_gemm", 2, 22)
+
+
+def test_a_step_without_kernels_is_an_error():
+    with pytest.raises(ValueError, match="no kernels"):
+        analyse([], 2, {})
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("_small_linear_kernel", "matmul"), ("nvjet_tst_64x8", "matmul"), ("triton_per_fused_mm_0", "matmul"),
+    ("_flash_decode", "attention"), ("triton_poi_fused_mul_silu", "other"), ("Memset (Device)", "copy"),
+])  # fmt: skip
+def test_kinds_of_kernels(name, kind):
+    assert Kernel(name, 0, 1).kind == kind
+
+
+def test_what_computes_something_else_is_not_timed(tmp_path, triton_device, monkeypatch):
+    op = decode_ops.gated_activation
+    kernel = next(i for i in op.implementations if i.name == "triton")
+    wrong = dataclasses.replace(kernel, run=lambda *args: op.reference(*args) + 0.1)
+    monkeypatch.setattr(op, "implementations", [wrong])
+    arguments = ["--out", str(tmp_path), "--device", triton_device, "--tiny", "--dtype", "float32"]
+    (row,) = decode_ops.main([*arguments, "--cases", "gated_mlp", "--modes", "eager"])["rows"]
+    assert set(row["times"]) == {"eager"}
+    assert "against float64" in row["left_out"]["fxopt"]
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step(tmp_path, triton_device, monkeypatch):
+    monkeypatch.setenv("FXOPT_CACHE_DIR", "")
+    report = decode_ops.main([
+        "--out", str(tmp_path), "--device", triton_device, "--tiny", "--dtype", "float32", "--table", "--cases",
+        "rms_norm", "o", "rotary", "gated_mlp", "--modes", "eager", "inductor", "--seconds", "600",
+    ])  # fmt: skip
+    assert {row["case"] for row in report["rows"]} == {"rms_norm", "o", "rotary", "gated_mlp"}
+    for row in report["rows"]:
+        assert not row["left_out"], row
+        assert {"eager", "inductor", "fxopt"} <= set(row["best"])
+        assert row["limit"] > 0
+    assert json.loads((tmp_path / "decode_ops.json").read_text())["rows"] == report["rows"]
+    assert (tmp_path / "decode_ops.md").read_text().count("\n| ") == len(report["rows"]) + 1
+    assert len(report["tuner"]) == len(report["rows"])
+
+
+@pytest.mark.slow
+def test_every_mode_compiles(tmp_path, triton_device):
+    arguments = ["--out", str(tmp_path), "--device", triton_device, "--tiny", "--dtype", "float32"]
+    (row,) = decode_ops.main([*arguments, "--cases", "gated_mlp"])["rows"]
+    assert set(row["best"]) == {*decode_ops.MODES, "fxopt"}
+
+
+def test_out_of_time_is_said(tmp_path, triton_device):
+    arguments = ["--out", str(tmp_path), "--device", triton_device, "--tiny", "--dtype", "float32"]
+    report = decode_ops.main([*arguments, "--cases", "rotary", "--seconds", "0"])
+    assert all(set(row["left_out"].values()) == {"TimeoutError: out of time"} for row in report["rows"])
+    assert "out of time" in (tmp_path / "decode_ops.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_timeline_of_a_step(tmp_path):
+    pytest.importorskip("transformers")
+    report = decode_timeline.main([
+        "--out", str(tmp_path), "--device", "cpu", "--tiny", "--layers", "2", "--cache", "16", "--used", "5",
+        "--warmup", "1", "--repeats", "3", "--modes", "eager", "fxopt",
+    ])  # fmt: skip
+    for row in report["rows"]:
+        assert "error" not in row, row
+        assert row["timeline"]["kernels"] > 4
+        assert row["timeline"]["span"] >= row["timeline"]["busy"] > 0
+    text = (tmp_path / "decode_timeline.md").read_text()
+    assert text.count("the largest losses") == 2
+    assert "gaps between kernels" in text
+
+
+def test_a_mode_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(decode_timeline.MODES, "fxopt", ("no such backend", {}))
+    report = decode_timeline.main([
+        "--out", str(tmp_path), "--device", "cpu", "--tiny", "--layers", "2", "--cache", "16", "--used", "5",
+        "--warmup", "1", "--repeats", "1", "--modes", "fxopt", "eager",
+    ])  # fmt: skip
+    assert "no such backend" in report["rows"][0]["error"]
+    assert report["rows"][1]["timeline"]["kernels"] > 4
