@@ -72,7 +72,10 @@ class PatternError(ValueError):
 
 
 def OneOf(tag: str, **alternatives: Tensor) -> Tensor:
-    """Any of the alternatives (already computed, of one shape), tried in order; `tag` -> the name of the one found."""
+    """Any of the alternatives (already computed, of one shape), tried in order; `tag` -> the name of the one found.
+
+    `match.tags[tag]` is where a fusion reads it. Raises PatternError for fewer than two, or where their shapes differ.
+    """
     shapes = {tuple(v.shape) for v in alternatives.values()}
     if len(alternatives) < 2 or len(shapes) > 1:
         raise PatternError(f"OneOf({tag!r}, ...) needs two or more alternatives of one shape, not {sorted(shapes)}")
@@ -80,12 +83,18 @@ def OneOf(tag: str, **alternatives: Tensor) -> Tensor:
 
 
 def Opt(tag: str, present: Tensor, absent: Tensor) -> Tensor:
-    """`present` if the graph has it (`tag` -> "yes"), else `absent` (`tag` -> "no")."""
+    """`present` if the graph has it (`tag` -> "yes"), else `absent` (`tag` -> "no").
+
+    Both are of one shape; raises PatternError where they are not.
+    """
     return OneOf(tag, yes=present, no=absent)
 
 
 def cast(tag: str, value: Tensor) -> Tensor:
-    """`value`, cast to any floating dtype that can't hold it exactly (`tag` -> the dtype) or not (`tag` -> None)."""
+    """`value`, cast to any floating dtype that can't hold it exactly (`tag` -> the dtype) or not (`tag` -> None).
+
+    A cast that loses nothing is seen through anyway, and needs no `cast` in the pattern.
+    """
     return CAST(tag, value)
 
 

@@ -37,7 +37,11 @@ _added: list[Registered] = []
 
 
 def register(fusion: Fusion) -> Fusion:
-    """Add a fusion for this process (notebooks, tests). Replaces one of the same name that was registered before."""
+    """Add a fusion for this process (notebooks, tests). Replaces one of the same name that was registered before.
+
+    One of an installed package that has this name steps back until `unregister`. Returns the fusion. What was compiled
+    before stays as it is. Raises TypeError for anything but a Fusion.
+    """
     if not isinstance(fusion, Fusion):
         raise TypeError(f"register() takes a Fusion, not {type(fusion).__name__}")
     unregister(fusion.name)
@@ -57,7 +61,11 @@ def registered() -> tuple[Registered, ...]:
 
 
 def fusions() -> dict[str, Fusion]:
-    """Name -> fusion, of all that are registered."""
+    """Name -> fusion, of all that are registered.
+
+    Those of installed packages, the bundled ones first, then those of `register`. A package that can't be imported is
+    left out, with a PluginWarning.
+    """
     return {r.fusion.name: r.fusion for r in registered()}
 
 
