@@ -103,14 +103,14 @@ def _page(fusion: Fusion, measured: str) -> Page:
     if not found:
         given = {key: value for key, value in ON.items() if key in {field.name for field in fields}}
         found, refused, ops = _examples(dataclasses.replace(_standing(fusion), **given))
-    headline, _, text = inspect.getdoc(type(fusion)).partition("\n")
+    headline, _, text = (inspect.getdoc(type(fusion)) or "").partition("\n")
     return Page(
         name=fusion.name,
         headline=" ".join(headline.split()),
         text=text.strip(),
         stage=fusion.stage,
         precision=f"`{fusion.precision.value}`: {PRECISION[fusion.precision]}",
-        source=f"passes/{Path(inspect.getsourcefile(type(fusion))).name}",
+        source=f"passes/{Path(inspect.getfile(type(fusion))).name}",
         options=[(field.name, repr(field.default)) for field in fields],
         shown_with=", ".join(f"{key}={value!r}" for key, value in given.items()),
         found=found,
@@ -122,7 +122,9 @@ def _page(fusion: Fusion, measured: str) -> Page:
 
 def _examples(fusion: Fusion) -> tuple[list[Shown], list[Shown], list[FusedOp]]:
     """The examples that the fusion rewrites, those that it leaves alone, and the ops that it puts in."""
-    found, refused, ops = [], [], {}
+    found: list[Shown] = []
+    refused: list[Shown] = []
+    ops: dict[str, FusedOp] = {}
     for i, example in enumerate(fusion.examples()):
         torch.manual_seed(0)
         title = example.name or f"example {i + 1}"
@@ -146,7 +148,10 @@ def _standing(fusion: Fusion) -> Fusion:
     if fusion.stage == "fuse":
         return fusion
     kind = type(fusion)
-    return type(kind.__name__, (kind,), {"stage": "fuse", "__doc__": kind.__doc__, "__module__": kind.__module__})()
+    made: type[Fusion] = type(
+        kind.__name__, (kind,), {"stage": "fuse", "__doc__": kind.__doc__, "__module__": kind.__module__}
+    )
+    return made()
 
 
 def _title(name: str) -> str:

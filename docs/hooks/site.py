@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from mkdocs.structure.files import File, Files
 
@@ -46,17 +45,20 @@ def on_files(files: Files, config: Any) -> Files:
 
 def _extend(files: Files, config: Any, path: str, lines: list[str]) -> None:
     """Add lines to a page that is written by hand."""
-    files.remove(files.get_file_from_path(path))
+    plain = files.get_file_from_path(path)
+    assert plain is not None
+    files.remove(plain)
     written = (DOCS / path).read_text(encoding="utf-8")
     files.append(File.generated(config, path, content="\n".join([written, *lines, ""])))
 
 
 def _commands() -> list[str]:
     """What each command takes, read off the command line itself."""
-    group, lines = typer.main.get_command(app), []
-    context = click.Context(group, info_name="fxopt")
+    group: Any = typer.main.get_command(app)
+    lines: list[str] = []
+    context = typer.Context(group, info_name="fxopt")
     for name, command in group.commands.items():
-        usage = " ".join(command.collect_usage_pieces(click.Context(command, context, info_name=name)))
+        usage = " ".join(command.collect_usage_pieces(typer.Context(command, context, info_name=name)))
         lines += ["", f"## {name}", "", command.help, "", f"    fxopt {name} {usage}", "", "| | |", "|---|---|"]
         for given in command.params:
             names = given.opts if given.param_type_name == "option" else [given.name]
