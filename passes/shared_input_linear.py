@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from fxopt.kernels.gated_mlp import gated_activation
 from fxopt.kernels.shared_input_linear import TILE_ROWS, gated_linear, linear_pair, linear_triple
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
-from fxopt.ops import FusedOp
+from fxopt.ops import FusedOp, find_op
 from fxopt.passes._norm_before import with_norm
 from fxopt.rewrite.fusion import Example, Fusion
 from fxopt.tune import may_pay
@@ -42,10 +43,12 @@ class FuseSharedInputLinear(Fusion):
     most_rows: int | None = None
     devices: tuple[str, ...] = ("cuda",)
 
-    anchors = (aten.linear.default,)
+    anchors = (aten.linear.default, linear_pair.overload, linear_triple.overload, gated_linear.overload)
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
         """The two or three layers that read what `node` reads, where `node` is the first of them."""
+        if not is_call(node, aten.linear.default):
+            return self._normed_late(node)
         x: Any = node.args[0]
         if self.most_rows == 0 or val(node).device.type not in self.devices or val(x).dim() < 1:
             return None
@@ -58,8 +61,7 @@ class FuseSharedInputLinear(Fusion):
             miss = Miss(f"one launch for all pays up to {most} rows; there are {rows}", node, 1)
             return miss if self.most_rows is not None else None  # said only to those who set a limit
         for match in self._choices(group, rows):
-            op, args = self._call(match)
-            if self.most_rows is not None or may_pay(op, *tree_map(val, args)):
+            if self.most_rows is not None or may_pay(*_with_values(*self._call(match))):
                 return match
         return None
 
@@ -76,8 +78,25 @@ class FuseSharedInputLinear(Fusion):
         match = Match(tuple(group), frozenset(group), bindings, {"layers": len(group), "rows": rows})
         yield from (with_norm(match), match)
 
+    def _normed_late(self, node: Node) -> Match | None:
+        """One of this fusion's own calls with the norm before it, which became its alone by another rewrite."""
+        op = find_op(node.target)
+        assert op is not None
+        args = op.bind(*node.args, **node.kwargs)
+        if args[-4] is not None:  # eps: it has a norm
+            return None
+        parts = (node,) if op is gated_linear else tuple(users(node))
+        plain = Match(parts, frozenset({node, *parts}), {"x": args[0]}, {"late": (op, args[1:-5], args[-1])})
+        match = with_norm(plain)
+        if match is plain or (self.most_rows is None and not may_pay(*_with_values(*self._call(match)))):
+            return None
+        return match
+
     def _call(self, match: Match) -> tuple[FusedOp, tuple[Any, ...]]:
         """The op and its arguments."""
+        if "late" in match.tags:
+            op, operands, most = match.tags["late"]
+            return op, (match["x"], *operands, match.get("g"), *match.tags["norm"], most)
         count, activation = match.tags["layers"], match.tags.get("activation")
         weights, biases = ([match.get(f"{role}{i}") for i in range(count)] for role in "wb")
         norm = (match.get("g"), *match.tags.get("norm", (None, 0.0, None)))
@@ -88,7 +107,10 @@ class FuseSharedInputLinear(Fusion):
         """One call of linear_pair, linear_triple or gated_linear."""
         op, args = self._call(match)
         made = match.call(op, *args)
-        return (made,) if op is gated_linear else tuple(match.item(made, i) for i in range(len(match.outputs)))
+        if op is gated_linear:
+            return (made,)
+        places: list[Any] = [o.args[1] if is_call(o, operator.getitem) else i for i, o in enumerate(match.outputs)]
+        return tuple(match.item(made, place) for place in places)
 
     def examples(self) -> Iterable[Example]:
         """Nothing by default; tests register the fusion with rows and devices of their own."""
@@ -97,6 +119,10 @@ class FuseSharedInputLinear(Fusion):
             return torch.randn(3, 8), torch.randn(4, 8), torch.randn(6, 8)
 
         yield Example(lambda x, v, w: (F.linear(x, v), F.linear(x, w)), inputs, sites=0, name="off by default")
+
+
+def _with_values(op: FusedOp, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return op, *tree_map(val, args)
 
 
 def _gated(group: list[Node], rows: int) -> Match | None:

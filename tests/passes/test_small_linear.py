@@ -12,6 +12,7 @@ from torch import nn
 import fxopt
 from fxopt.kernels.small_linear import small_linear
 from fxopt.ops import Target
+from fxopt.passes.shared_input_linear import FuseSharedInputLinear
 from fxopt.passes.small_linear import FuseSmallLinear
 from fxopt.tune import key, may_pay, session, store
 
@@ -121,6 +122,25 @@ def test_a_norm_gives_the_residual_add_back(taken):
     ops, parts = taken(Block(), x(), x())
     assert ops == ["small_linear", "rms_norm", "gated_activation", "small_linear"]
     assert parts == {"bias", "residual"}
+
+
+@pytest.mark.parametrize("first", ["small_linear", "shared_input_linear"])
+def test_the_norm_goes_to_the_next_layers_in_any_order(run, first):
+    shared = FuseSharedInputLinear(most_rows=16, devices=("cpu",))
+    second = FuseSmallLinear(most_rows=16, devices=("cpu",))
+    fusions = [second, shared] if first == "small_linear" else [shared, second]
+    model, given, residual = Block(), x(), x()
+    try:
+        for fusion in fusions:
+            fxopt.register(fusion)
+        torch._dynamo.reset()
+        with fxopt.record() as rec, torch.no_grad():
+            compiled = torch.compile(model, backend="fxopt", options={"fusions": FUSIONS})
+            torch.testing.assert_close(compiled(given, residual), model(given, residual))
+    finally:
+        fxopt.unregister("shared_input_linear")
+    assert [site.op for site in rec.sites] == ["small_linear", "gated_linear", "small_linear"]
+    assert {site.verdict.status for site in rec.sites} == {"equal"}
 
 
 def test_the_sum_may_be_read_by_the_norm_alone(taken):
