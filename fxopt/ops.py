@@ -118,6 +118,7 @@ class FusedOp:
     _library: Any = None
     _signature: str = ""  # the schema from its first parenthesis on
     _fake: Callable[..., Any] | None = None
+    _gradient: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op through the dispatcher (one node in a traced graph)."""
@@ -188,6 +189,19 @@ class FusedOp:
         self.drawn = fn
         return fn
 
+    def gradient(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Declare the gradient, in place of the reference's, which is recomputed from the arguments.
+
+        `fn(args, results, grads, wanted)` returns one gradient for each argument, None where it is not `wanted` (a bool
+        an argument); `results` and `grads` are tuples, a gradient that didn't come is None. Where second derivatives
+        are asked for (create_graph=True) the reference is differentiated. Raises ValueError where `fn` is in a file
+        that the op's name doesn't cover.
+        """
+        if self._version(fn, ()):
+            raise ValueError(f"the gradient of {self.name} is in {defining_file(fn)}: name it in the op's sources=")
+        self._gradient = fn
+        return fn
+
     def select(self, target: Target, *args: Any) -> tuple[Implementation, list[tuple[str, str]]]:
         """The implementation to use there, and (name, objection) of those passed over."""
         passed_over: list[tuple[str, str]] = []
@@ -242,7 +256,7 @@ class FusedOp:
         self._library.impl(name, call, "CompositeExplicitAutograd", allow_override=True)
         overload = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload_name)
         torch.library.register_autograd(
-            _qualified(overload), self._backward, setup_context=_save_arguments, lib=self._library
+            _qualified(overload), self._backward, setup_context=self._save, lib=self._library
         )
         self._register_fake(overload)
         _OPS[overload] = self
@@ -266,10 +280,28 @@ class FusedOp:
             return result
         return tuple(r.contiguous() for r in result) if isinstance(result, (tuple, list)) else result.contiguous()
 
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
+        """Keep the arguments for the backward, and the results where the gradient is declared."""
+        results = () if self._gradient is None else tuple(output) if isinstance(output, (tuple, list)) else (output,)
+        values = (*inputs, *results)
+        where = [i for i, a in enumerate(values) if isinstance(a, Tensor)]
+        rest = [None if isinstance(a, Tensor) else a for a in values]
+
+        def restore(saved: Sequence[Tensor]) -> tuple[list[Any], tuple[Any, ...]]:
+            found = list(rest)
+            for i, tensor in zip(where, saved, strict=True):
+                found[i] = tensor
+            return found[: len(inputs)], tuple(found[len(inputs) :])
+
+        ctx.save_for_backward(*(values[i] for i in where))
+        ctx.fxopt_args = restore
+
     def _backward(self, ctx: Any, *grads: Any) -> Any:
         """Gradients of the reference, recomputed from the saved inputs; differentiable where they are asked to be."""
         again = torch.is_grad_enabled()  # create_graph=True
-        args = ctx.fxopt_args(ctx.saved_tensors)
+        args, results = ctx.fxopt_args(ctx.saved_tensors)
+        if self._gradient is not None and not again:
+            return tuple(self._gradient(args, results, grads, tuple(ctx.needs_input_grad[: len(args)])))
         wanted = [
             i for i, a in enumerate(args) if isinstance(a, Tensor) and ctx.needs_input_grad[i] and a.is_floating_point()
         ]
@@ -356,21 +388,6 @@ def op_named(name: str) -> FusedOp | None:
 
 def _qualified(overload: torch._ops.OpOverload) -> str:
     return f"{overload.namespace}::{overload._schema.name.split('::')[1]}.{overload._overloadname}"
-
-
-def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
-    tensors = [a for a in inputs if isinstance(a, Tensor)]
-    where = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
-    rest = [None if isinstance(a, Tensor) else a for a in inputs]
-
-    def restore(saved: Sequence[Tensor]) -> list[Any]:
-        args = list(rest)
-        for i, tensor in zip(where, saved, strict=True):
-            args[i] = tensor
-        return args
-
-    ctx.save_for_backward(*tensors)
-    ctx.fxopt_args = restore
 
 
 def _existing(*sources: Path | str) -> tuple[Path, ...]:

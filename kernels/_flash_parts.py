@@ -28,6 +28,9 @@ from fxopt.kernels._triton import jit, tl
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 MASK_KINDS = {None: NO_MASK, "u8": BOOL_MASK, "fp16": FLOAT_MASK, "bf16": FLOAT_MASK, "fp32": FLOAT_MASK}
 
+#: the widest heads that the kernels serve
+MAX_WIDTH = 256
+
 #: what a row without a live key gives
 NAN, ZERO, UNIFORM = 0, 1, 2
 

@@ -32,9 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.graph.symbols import hint, known_equal, known_true
-from fxopt.kernels import _attention_sdpa, _flash, _flash_decode, _flash_parts, _flash_tiles, _triton
+from fxopt.kernels import _attention_sdpa, _flash, attention_training
 from fxopt.kernels._attention_sdpa import ABSORBING, causal, group_rows, repeat_heads, with_bounds, within_bounds
 from fxopt.kernels._flash_decode import MAX_DECODE_ROWS
+from fxopt.kernels._flash_parts import MAX_WIDTH as MAX_WIDTH
+from fxopt.kernels._triton import needs_gpu
+from fxopt.kernels.attention_training import attention_stats, unable
 from fxopt.ops import Target, fused_op
 
 
@@ -42,7 +45,7 @@ from fxopt.ops import Target, fused_op
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False,"
     ' str empty_rows="nan", float? softcap=None, Tensor? sink=None, Tensor? factor=None, Tensor? first=None,'
     " Tensor? last=None) -> Tensor",
-    sources=[str(m.__file__) for m in (_triton, _flash, _flash_decode, _flash_parts, _flash_tiles, _attention_sdpa)],
+    sources=attention_training.SOURCES,
     contiguous=True,
 )
 def attention(
@@ -109,7 +112,6 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
 
 # From so many keys on, decoding is worth a kernel of its own.
 DECODE_KEYS = 1024
-MAX_WIDTH = 256
 # From so many elements on, bounds are not made a mask for SDPA.
 MASK_ELEMENTS = 1 << 18
 # From so many rows on, copying K and V to put a sink beside them is little beside the products.
@@ -160,7 +162,7 @@ def _triton_objection(
         return "the Triton kernel computes in float32"
     if not known_true(q.shape[3] <= MAX_WIDTH) or not known_true(v.shape[3] <= MAX_WIDTH):
         return f"the Triton kernel serves heads up to {MAX_WIDTH} wide"
-    return _triton.needs_gpu(target)
+    return needs_gpu(target)
 
 
 def _many(q: Tensor, k: Tensor) -> bool:
@@ -184,6 +186,28 @@ def _(
     last: Tensor | None,
 ) -> Tensor:
     return _flash.flash_attention(q, k, v, mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last)
+
+
+def _trained_objection(
+    target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
+) -> str | None:
+    _, is_causal, _, softcap, sink, factor, first, last = rest
+    if not target.training:
+        return "it is for gradients"
+    if not target.opaque:
+        return 'with tune="off" only what the compiler sees into is used'
+    bounded = (first is not None or last is not None) and _many(q, k)
+    # What SDPA is told instead of a sink is one more key, beside which causality and bounds are a mask.
+    masks = sink is not None and (bool(is_causal) or bounded)
+    if _beyond_sdpa(softcap, factor) is None and not bounded and not masks:  # type: ignore[arg-type]
+        return "SDPA has a backward for it that stores no scores"
+    return unable(target, q, k, v, mask, *rest)
+
+
+@attention.implementation("triton_trained", when=_trained_objection)
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    result: Tensor = attention_stats(q, k, v, *rest)[0]
+    return result
 
 
 def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:

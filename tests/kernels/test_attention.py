@@ -465,7 +465,7 @@ def test_gradcheck_of_extras(kind):
     (Target(CUDA), "cap", 1, "triton"),
     (Target(CUDA), "sink a head", 1, "triton"),
     (Target(CUDA, training=True), "sink a head", 64, "sdpa"),
-    (Target(CUDA, training=True), "cap", 64, "decomposed"),
+    (Target(CUDA, training=True), "cap", 64, "triton_trained"),
     (Target(CUDA, opaque=False), "sink a head", 64, "sdpa"),
     (Target(CPU), "cap", 64, "decomposed"),
     (Target(CPU), "sink a head", 64, "sdpa"),

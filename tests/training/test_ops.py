@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from fxopt.kernels import attention as attention_module
 from fxopt.kernels._int4 import pack
 from fxopt.kernels.attention import attention
+from fxopt.kernels.attention_training import attention_stats
 from fxopt.kernels.dequant_matmul import int4_matmul, int8_matmul
 from fxopt.kernels.layer_norm import add_layer_norm, layer_norm
 from fxopt.kernels.rms_norm import add_rms_norm, rms_norm
@@ -138,6 +139,30 @@ def test_second_derivatives(name):
 def test_second_derivatives_of_arguments_that_depend_on_each_other():
     w = randn(5)
     assert gradgradcheck(lambda x: add_rms_norm(x, x.sin(), w, 1e-3)[0], (randn(3, 5),), fast_mode=True)
+
+
+def test_a_declared_gradient_is_used_and_can_be_differentiated_itself():
+    _, args = attend("bias", empty_rows="zero")
+    wanted, fill = split([*args, 2.0, None, None, None, None])
+
+    def result(*values):
+        return attention_stats(*fill(values))[0]
+
+    assert gradcheck(result, wanted, fast_mode=True)
+    assert gradgradcheck(result, wanted, fast_mode=True)
+    (declared,) = [attention_stats._gradient]
+    called = []
+    attention_stats._gradient = lambda *a: called.append(a[3]) or declared(*a)
+    try:
+        torch.autograd.grad(result(*wanted).sum(), wanted[0])
+    finally:
+        attention_stats._gradient = declared
+    assert called == [tuple(i < 4 for i in range(12))]
+
+
+def test_a_gradient_must_be_where_the_ops_name_covers_it():
+    with pytest.raises(ValueError, match="name it in the op's sources"):
+        attention_stats.gradient(lambda *a: a)
 
 
 def test_no_opaque_kernel_in_training():
