@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -30,6 +29,7 @@ from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.passes._attention_bounds import Bounds, read_bounds
 from fxopt.passes._attention_changes import apply_changes, join_heads, unmix
+from fxopt.passes._attention_examples import examples
 from fxopt.passes._attention_mask import Placed, join_masks, make_mask, multiply
 from fxopt.passes._attention_operands import emit, spellable
 from fxopt.passes._attention_plan import Plan, plan
@@ -175,23 +175,8 @@ class FuseAttention(Fusion):
                     yield {"mask": torch.zeros(kept.shape, dtype=mask.dtype).masked_fill(~kept, fill)}
 
     def examples(self) -> Iterable[Example]:
-        """One program for each family of forms, and one that must be refused."""
-
-        def inputs() -> tuple[Tensor, ...]:
-            return tuple(torch.randn(2, 4, n, 8) for n in (5, 7, 7))
-
-        def spelled_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return torch.softmax(q @ k.transpose(-1, -2) * 0.3, -1) @ v
-
-        def named(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        def other_dim(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return torch.softmax(q @ k.transpose(-1, -2), -2) @ v
-
-        yield Example(spelled_out, inputs, name="spelled out")
-        yield Example(named, inputs, name="F.scaled_dot_product_attention")
-        yield Example(other_dim, inputs, sites=0, refused="not the last", name="softmax over the rows")
+        """One program for each family of forms, and what must be refused."""
+        return examples()
 
 
 def _operands(match: Match, roles: Roles, arranged: Plan, sources: Sequence[Node]) -> tuple[Node, Node, Node]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DATA = ("view/assets", "cli/templates", "tune/tables")
 
 
 def _points(group):
@@ -73,7 +74,7 @@ def test_wheel_through_sdist_holds_one_package(tmp_path):
         assert sources
         assert sources <= set(names)
     assert len(names) == len(set(names))
-    data = {f"fxopt/{f.relative_to(ROOT / 'fxopt')}" for f in _data("view/assets") | _data("cli/templates")}
+    data = {f"fxopt/{f.relative_to(ROOT / 'fxopt')}" for folder in DATA for f in _data(folder)}
     assert len(data) > 10
     assert data <= set(names)
     for line in ("fxopt = fxopt.backend:fxopt", "fxopt = fxopt.cli:main", "attention = fxopt.passes.attention:"):

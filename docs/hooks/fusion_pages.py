@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,9 @@ def gains_in(measurements: str) -> dict[str, str]:
 
 
 def schema(op: FusedOp) -> str:
-    """The op's schema without the hash that its overload is named after."""
-    return re.sub(r"^([\w:]+)\.\w+\(", r"\1(", str(op.overload._schema))
+    """The op's schema, in lines, without the hash that its overload is named after."""
+    plain = re.sub(r"^([\w:]+)\.\w+\(", r"\1(", str(op.overload._schema))
+    return textwrap.fill(plain, 80, subsequent_indent="    ")
 
 
 def _page(fusion: Fusion, measured: str) -> Page:
