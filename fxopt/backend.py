@@ -184,6 +184,8 @@ def _after_aot(
         return None
 
     def rewrite(normal: GraphModule) -> bool:
+        nonlocal selected
+        drawn_before = report.before
         with _timed(report, "canonicalise"):
             canonicalise(normal)
         if recording():
@@ -192,8 +194,10 @@ def _after_aot(
             try:
                 if not _fuse(normal, selected, verifier, report):
                     return False
-            except GraphBroken as error:  # AOTAutograd's own graph is still there, and is compiled
-                report.notes.append(f"left as it was: {error}")
+            except GraphBroken as error:  # AOTAutograd's own graph is still there, to begin again with
+                selected = [fusion for fusion in selected if fusion.name != error.fusion]
+                report.before = drawn_before
+                report.notes.append(f"left out: {error}")
                 raise
             _place([normal], verifier.target, report)
         return True

@@ -32,12 +32,13 @@ from fxopt.lower.compile import gradients_flow, patches
 from fxopt.lower.decompose import Table, decompose
 from fxopt.lower.strides import same_strides, with_strides
 from fxopt.options import Options
+from fxopt.rewrite.guard import GraphBroken
 
 log = logging.getLogger(__name__)
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 
-#: rewrites a functional graph in place; whether anything was gained
+#: rewrites a functional graph in place; whether anything was gained. After GraphBroken it does without that fusion
 Rewrite = Callable[[GraphModule], bool]
 
 
@@ -77,8 +78,8 @@ class AfterAOT(CustomGraphPass):
         if any(str(n.target).startswith("tangents") for n in module.graph.find_nodes(op="placeholder")):
             return  # a graph with a backward: where its halves will be cut isn't known yet
         try:
-            trial = _copied(module)
-            if self.rewrite(trial):
+            trial = self._rewritten(module)
+            if trial is not None:
                 # As it will run: whether the outputs can be kept shows only then.
                 decompose(trial, self.table())
                 before.keep(trial.graph)
@@ -88,6 +89,19 @@ class AfterAOT(CustomGraphPass):
             log.warning(
                 "fxopt leaves AOTAutograd's graph as it was: %s: %s", type(error).__name__, error, exc_info=True
             )
+
+    def _rewritten(self, module: GraphModule) -> GraphModule | None:
+        """A rewritten copy of `module`, begun again without each fusion that changed the graph by itself."""
+        left_out: set[str] = set()
+        while True:
+            trial = _copied(module)
+            try:
+                return trial if self.rewrite(trial) else None
+            except GraphBroken as error:
+                if error.fusion in left_out:
+                    raise
+                left_out.add(error.fusion)
+                log.warning("fxopt rewrites AOTAutograd's graph without a fusion: %s", error)
 
 
 def serves(module: GraphModule, example_inputs: Sequence[Any]) -> bool:

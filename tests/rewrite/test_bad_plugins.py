@@ -272,3 +272,23 @@ def test_the_second_entry_names_it_too(without_inductor, caplog):
         fxopt.unregister("bad")
     torch.testing.assert_close(out, x.sin().cos())
     assert "the fusion bad erased" in caplog.text + str([g.notes for g in rec.graphs])
+
+
+def test_the_second_entry_loses_that_one_only(without_inductor, monkeypatch):
+    monkeypatch.setattr("fxopt.backend.refusal", lambda module, inputs: "the test says so")
+    q = torch.randn(2, 3, 4, 8)
+
+    def program(q):
+        return (q @ q.mT).softmax(-1) @ q, q.sin().cos()
+
+    fxopt.register(bad(rewrite=erases))
+    try:
+        with fxopt.record() as rec, torch.inference_mode():
+            out = torch.compile(program, backend="fxopt")(q)
+    finally:
+        fxopt.unregister("bad")
+    torch.testing.assert_close(out, program(q))
+    (graph,) = rec.graphs
+    assert rec.counts() == {"attention": 1}
+    assert [note for note in graph.notes if "left out: the fusion bad erased" in note]
+    assert len(graph.parts) == 1
