@@ -114,6 +114,7 @@ class FusedOp:
     implementations: list[Implementation] = field(default_factory=list)
     contiguous: bool = False
     sources: tuple[Path, ...] = ()  # the files that the overload's name is a hash of
+    code: str = ""  # a hash of those of them that say what runs, and how fast: all but this framework's own
     drawn: Callable[..., tuple[Any, ...]] | None = None
     _library: Any = None
     _signature: str = ""  # the schema from its first parenthesis on
@@ -349,8 +350,11 @@ def fused_op(
         # Without a file nobody can tell one version from another: each definition is one of its own.
         files = _existing(home, __file__, *sources) if home is not None else ()
         version = digest(files) if files else uuid.uuid4().hex[:12]
+        code = digest(file for file in files if file != Path(__file__).resolve()) if files else version
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        op = FusedOp(name, reference, contiguous=contiguous, sources=files, _library=library, _signature=f"({rest}")
+        op = FusedOp(
+            name, reference, contiguous=contiguous, sources=files, code=code, _library=library, _signature=f"({rest}"
+        )
         op.overload = op._define(f"v{version}", op._execute)
         op.__doc__ = reference.__doc__
         return op

@@ -40,7 +40,7 @@ def _concrete(value: Any) -> Any:
 
 def describe(op: FusedOp, target: Target, args: Sequence[Any], inductor: Mapping[str, Any]) -> dict[str, str]:
     """The key in readable parts. `args` are `concrete`."""
-    code = [str(op.overload), *(f"{i.name} {i.version}" for i in op.implementations)]
+    code = [op.code, *(f"{i.name} {i.version}" for i in op.implementations)]
     graphs = ", CUDA graphs" if target.cuda_graphs and target.device.type == "cuda" else ""
     config = sorted((name, repr(value)) for name, value in inductor.items() if name not in _NOT_KEYED)
     return {

@@ -7,6 +7,7 @@ Inductor would have kept it in registers. That is the time of a copy of the resu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +87,8 @@ def measure(
     if size > (limit := LIMIT.get(device.type, LIMIT["cpu"])):
         raise NotMeasured(f"arguments of {size >> 20} MiB are above the {limit >> 20} MiB that are spent on it")
     threads = torch.get_num_threads()
-    with isolated(device):
+    on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with isolated(device), on:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         sets = [_drawn(op, metas, device) for _ in range(timing.argument_sets(size, device))]
