@@ -95,7 +95,9 @@ def gains_in(measurements: str) -> dict[str, str]:
 def schema(op: FusedOp) -> str:
     """The op's schema, in lines, without the hash that its overload is named after."""
     plain = re.sub(r"^([\w:]+)\.\w+\(", r"\1(", str(op.overload._schema))
-    return textwrap.fill(plain, 80, subsequent_indent="    ")
+    arguments = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in plain.split(", ")]
+    lines = textwrap.fill(", ".join(arguments), 80, subsequent_indent="    ")
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _page(fusion: Fusion, measured: str) -> Page:
