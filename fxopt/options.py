@@ -25,7 +25,7 @@ class Options:
     Attributes:
         fusions: only these fusions run, by name; None: all that are registered
         disable: these fusions don't run
-        verify: "off": rewrites are taken on trust; "meta": shapes, dtypes, strides and aliasing are compared;
+        verify: "off": only shapes, dtypes and devices are compared, which always are; "meta": aliasing too;
             "numeric": numbers too, within a budget; "strict": no budget, and what could not be checked is undone
         tune: "auto": opaque kernels are used where they were measured to pay, here before or in what ships with fxopt;
             "full": what was not measured before is measured now (seconds an op), verified first, and remembered;
