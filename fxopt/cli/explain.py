@@ -104,14 +104,19 @@ def diff(
 
 def only(report: Report, fusion: str) -> Report:
     """The report with what concerns `fusion` and nothing else."""
+    from fxopt.rewrite.plugins import fusions
     from fxopt.view.report import Report
+
+    expected = getattr(fusions().get(fusion), "expected", ())
 
     def part(graph: GraphReport) -> GraphReport:
         lists: dict[str, Any] = {
             field: [item for item in getattr(graph, field) if item.fusion == fusion]
             for field in ("sites", "steps", "misses")
         }
-        return dataclasses.replace(graph, parts=[], **lists)
+        # The drawings say which of its ops are left; what belongs to steps by their number goes.
+        parts = [dataclasses.replace(drawn, steps=(0, 0), savings={}) for drawn in graph.parts if expected]
+        return dataclasses.replace(graph, parts=parts, **lists)
 
     return Report([part(graph) for graph in report.graphs])
 

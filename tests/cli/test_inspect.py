@@ -166,3 +166,14 @@ def test_kernels_of_an_op_that_is_not_here(report, tmp_path, capsys):
     path = report.save(tmp_path / "r.json")
     assert run(["inspect", str(path), "--kernels", str(tmp_path / "kernels")]) == 2
     assert "the op nowhere of the report is not registered here" in capsys.readouterr().err
+
+
+def test_explaining_one_fusion_names_what_it_left(tmp_path, capsys, without_inductor):
+    path = tmp_path / "router.py"
+    path.write_text(
+        "import torch\ndef made():\n    return (lambda x: (x @ x.mT).softmax(-1).topk(2)[1]), torch.randn(4, 4)\n"
+    )
+    assert run(["explain", f"{path}:made", "--fusion", "attention"]) == 0
+    assert "softmax.int: nothing around it looks like attention" in capsys.readouterr().out
+    assert run(["explain", f"{path}:made", "--fusion", "rms_norm"]) == 0
+    assert "softmax" not in capsys.readouterr().out
