@@ -115,12 +115,11 @@ def traced(step: Callable[[], Any], device: torch.device) -> list[Kernel]:
         step()
         if on_gpu:
             torch.cuda.synchronize()
-    if on_gpu:
-        events = [
-            e for e in found.events() if e.device_type == DeviceType.CUDA and e.time_range.end > e.time_range.start
-        ]
+    events = [e for e in found.events() if e.time_range.end > e.time_range.start]
+    if on_gpu:  # the ranges that compiled code announces are shown on the device too, and are no kernels
+        events = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
     else:
-        events = [e for e in found.events() if not e.cpu_children and e.time_range.end > e.time_range.start]
+        events = [e for e in events if not e.cpu_children]
     first = min((e.time_range.start for e in events), default=0.0)
     return [Kernel(e.name, e.time_range.start - first, e.time_range.end - first) for e in events]
 

@@ -150,7 +150,8 @@ def configs(rows: int, n: int, k: int, *, split: bool = True) -> Iterator[dict[s
             for stages in (1, 3):
                 yield _config(block_n, min(block_k, columns(k)), 1, 0, stages, warps)
         return
-    for block_n, block_k, swap, warps in ((16, 256, 0, 4), (32, 128, 0, 4), (64, 128, 1, 4), (64, 64, 1, 4)):
+    narrow = 256 if rows <= 16 else 128  # with more rows of x a wider step spills
+    for block_n, block_k, swap, warps in ((16, narrow, 0, 4), (32, 128, 0, 4), (64, 128, 1, 4), (64, 64, 1, 4)):
         tiles = _triton.ceil_div(n, block_n)
         wanted = {1, min(8, _triton.next_power_of_2(_triton.ceil_div(128, tiles)))} if split else {1}
         for splits in sorted(wanted):
