@@ -77,16 +77,27 @@ ANYWHERE = Target(torch.device("meta"))
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute a fused op. `when` and `pays` of (target, *args) return an objection in words, or None."""
+    """One way to compute a fused op. `when` and `pays` of (target, *args) return an objection in words, or None.
 
-    name: str  # "sdpa", "triton", "aten", "decomposed" or "reference"
-    run: Callable[..., Any]  # same arguments and results as the op
+    Attributes:
+        name: "sdpa", "triton", "aten", "decomposed", "reference", or any other
+        run: computes it, with the op's arguments and results
+        opaque: it stays one call, which the compiler doesn't see into
+        when: where it can't serve
+        overload: of an opaque one: the call that stays in the compiled graph
+        version: a hash of what it is written in, where the op's own doesn't cover that
+        pays: where it is not believed to be worth it
+        configs: of the op's arguments, every size a number: configurations that the tuner may try
+    """
+
+    name: str
+    run: Callable[..., Any]
     opaque: bool = False
     when: When | None = None
-    overload: torch._ops.OpOverload | None = None  # of an opaque one: the call that stays in the compiled graph
-    version: str = ""  # hash of what it is written in, where the op's own doesn't cover that
+    overload: torch._ops.OpOverload | None = None
+    version: str = ""
     pays: When | None = None
-    configs: Configs | None = None  # of the op's arguments, every size a number
+    configs: Configs | None = None
 
     def unfit(self, target: Target, *args: Any) -> str | None:
         """Why this implementation can't serve these arguments there, or None."""
@@ -106,15 +117,28 @@ class Implementation:
 
 @dataclass
 class FusedOp:
-    """A fused op: reference, fake, implementations. Call it, or ask for one implementation with `run`."""
+    """A fused op: reference, fake, implementations. Call it, or ask for one implementation with `run`.
+
+    `fused_op` makes it.
+
+    Attributes:
+        name: its name in the namespace `fxopt`
+        reference: the op as plain PyTorch: test oracle, fallback, and what is differentiated
+        overload: what a graph calls; it is named after a hash of `sources`
+        implementations: ways to compute it, in order of preference
+        contiguous: results are contiguous whoever computes them
+        sources: the files that it is written in
+        code: a hash of those of them that say what runs, and how fast: all but this framework's own
+        drawn: what `draw` declared
+    """
 
     name: str
     reference: Callable[..., Any]
     overload: torch._ops.OpOverload = None  # type: ignore[assignment]  # set once it is defined
     implementations: list[Implementation] = field(default_factory=list)
     contiguous: bool = False
-    sources: tuple[Path, ...] = ()  # the files that the overload's name is a hash of
-    code: str = ""  # a hash of those of them that say what runs, and how fast: all but this framework's own
+    sources: tuple[Path, ...] = ()
+    code: str = ""
     drawn: Callable[..., tuple[Any, ...]] | None = None
     _library: Any = None
     _signature: str = ""  # the schema from its first parenthesis on
