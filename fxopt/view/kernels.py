@@ -98,6 +98,11 @@ def main():
         print(f"result {i} {a.dtype}{list(a.shape)}: error {ours:.3g} against float64, the reference's {theirs:.3g}:",
               "equal" if close else "DIFFERS")
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else "the CPU, interpreted"
+    if DEVICE == "cuda":
+        from triton.testing import do_bench
+
+        kernel, eager = (do_bench(lambda: run(*args)) for run in (launch, reference))
+        print(f"{1000 * kernel:.1f} us, the reference in eager mode {1000 * eager:.1f} us (launches included)")
     print("verdict:", "equal" if good else "DIFFERS", "on", where)
     return 0 if good else 1
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import fxopt
 from fxopt.lower.arguments import written
-from fxopt.ops import fused_op
+from fxopt.ops import _OPS, fused_op
+from fxopt.rewrite.plugins import fusions
 from fxopt.view.kernels import script, write_kernels
 from fxopt.view.report import GraphReport, Report
 from fxopt.view.standalone import Collector, Unwritable
@@ -86,6 +87,20 @@ def test_every_kernel_of_a_model(triton_device, tmp_path, without_inductor):
     for path in paths:
         status, said = run(path)
         assert status == 0, f"{path.name}: {said}"
+
+
+def test_every_bundled_kernel_is_written_from_its_source(triton_device):
+    fusions()  # their modules define the ops
+    opaque = {(op.name, i.name): (op, i) for op in _OPS.values() for i in op.implementations if i.opaque}
+    bundled = [pair for pair in opaque.values() if pair[0].reference.__module__.startswith("fxopt.kernels.")]
+    assert len(bundled) > 10
+    for op, implementation in bundled:
+        found = Collector(op.reference.__module__)
+        found.add(op.reference, "reference")
+        found.add(implementation.run, "launch")  # raises Unwritable
+        text = found.text()
+        compile(text, op.name, "exec")
+        assert "@triton.jit" in text, op.name
 
 
 def test_a_report_read_back_writes_the_same(norm, tmp_path, without_inductor):
