@@ -24,6 +24,7 @@ from fxopt.graph.query import aten, val
 from fxopt.graph.scope import Scope
 from fxopt.graph.symbols import is_static, known_equal, same_shape
 from fxopt.kernels.attention import MAX_WIDTH, attention
+from fxopt.match.masks.conditions import TRUE
 from fxopt.match.masks.values import Opaque
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
@@ -109,7 +110,7 @@ class FuseAttention(Fusion):
             return Miss("a symbolic size is not the size of any operand", node, progress)
         tags = {
             "form": "sdpa" if node.target is SDPA else "spelled out" if roles.q is not None else "scores given",
-            "mask": len(masks),
+            "mask": len(masks) + (bounds is not None and bounds.rest is not TRUE),
             "causal": arranged.is_causal,
             "bounded": bounds is not None and bounds.plan.is_causal is unread.is_causal,
             "empty_rows": empty_rows,
