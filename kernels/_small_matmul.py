@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.graph.symbols import is_static
+from fxopt.graph.symbols import hint, is_static
 from fxopt.kernels import _triton
 from fxopt.kernels._triton import jit, tl
 from fxopt.ops import Target
@@ -117,6 +117,11 @@ def objection(target: Target, x: Tensor, weights: tuple[Tensor, ...], rows: int)
     if any(w.stride(-1) != 1 for w in weights):
         return "the Triton kernel reads weights row by row, and these are transposed in memory"
     return None
+
+
+def rows_of(x: Tensor) -> int:
+    """The rows of x [..., K]; an example of them where they are symbolic."""
+    return int(hint(math.prod(x.shape[:-1])))
 
 
 def flat(x: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.graph.symbols import hint
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, product
+from fxopt.kernels._small_matmul import constants, flat, guess, product, rows_of
 from fxopt.kernels._triton import CompileExample, jit, tl
 from fxopt.kernels.gated_mlp import activate, gated_activation
 from fxopt.ops import Config, Target, fused_op
@@ -134,19 +133,15 @@ def _(x: Tensor, gate: Tensor, up: Tensor, activation: str, *rest: Any) -> Tenso
     return _empty(x, gate)
 
 
-def _rows(x: Tensor) -> int:
-    return int(hint(x.numel() // x.shape[-1])) if x.shape[-1] != 0 else 0
-
-
 def _objection(target: Target, x: Tensor, weights: Sequence[Tensor], rest: Sequence[Any]) -> str | None:
     """Why the kernel can't serve these arguments, or None."""
     if any(isinstance(t, Tensor) and t.dtype != x.dtype for t in rest):
         return "the Triton kernel takes operands of one dtype"
-    return _small_matmul.objection(target, x, tuple(weights), _rows(x))
+    return _small_matmul.objection(target, x, tuple(weights), rows_of(x))
 
 
 def _pays(target: Target, x: Tensor, *rest: Any) -> str | None:
-    most, rows = rest[-1], _rows(x)
+    most, rows = rest[-1], rows_of(x)
     return None if rows <= most else f"one launch for all is believed to pay up to {most} rows; there are {rows}"
 
 
@@ -165,7 +160,7 @@ def _of_gated(target: Target, x: Tensor, gate: Tensor, up: Tensor, activation: s
 def _configs(x: Tensor, *weights: Any) -> Iterable[Config]:
     """What is worth a measurement: no cutting of columns, for there are several layers to fill a GPU."""
     wide = sum(w.shape[0] for w in weights if isinstance(w, Tensor) and w.dim() == 2)
-    return _small_matmul.configs(_rows(x), wide, x.shape[-1], split=False)
+    return _small_matmul.configs(rows_of(x), wide, x.shape[-1], split=False)
 
 
 @jit

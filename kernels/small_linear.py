@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.graph.symbols import hint
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, product
+from fxopt.kernels._small_matmul import constants, flat, guess, product, rows_of
 from fxopt.kernels._triton import CompileExample, jit, tl
 from fxopt.kernels.gated_mlp import ACTIVATIONS, activate
 from fxopt.ops import Config, Target, fused_op
@@ -78,27 +77,23 @@ def _(
     return y if residual is None else torch.empty_like(y + residual, memory_format=torch.contiguous_format)
 
 
-def _rows(x: Tensor) -> int:
-    return int(hint(x.numel() // x.shape[-1])) if x.shape[-1] != 0 else 0
-
-
 def _objection(target: Target, x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     bias, residual, _, norm_weight, *_ = rest
     if any(t is not None and t.dtype != x.dtype for t in (bias, residual, norm_weight)):
         return "the Triton kernel takes operands of one dtype"
     if residual is not None and residual.dim() != x.dim():
         return "the Triton kernel takes a residual of the result's shape"
-    return _small_matmul.objection(target, x, (weight,), _rows(x))
+    return _small_matmul.objection(target, x, (weight,), rows_of(x))
 
 
 def _pays(target: Target, x: Tensor, *rest: Any) -> str | None:
-    most, rows = rest[-1], _rows(x)
+    most, rows = rest[-1], rows_of(x)
     return None if rows <= most else f"the Triton kernel is believed to pay up to {most} rows; there are {rows}"
 
 
 def _configs(x: Tensor, weight: Tensor, *rest: Any) -> Iterable[Config]:
     n, k = weight.shape
-    return _small_matmul.configs(_rows(x), n, k)
+    return _small_matmul.configs(rows_of(x), n, k)
 
 
 @jit

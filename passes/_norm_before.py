@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch.fx import Node
+
 from fxopt.graph.query import is_call, users, val
 from fxopt.kernels.rms_norm import rms_norm
 from fxopt.match.match import Match
@@ -19,6 +21,8 @@ def with_norm(match: Match) -> Match:
     if not is_call(norm, rms_norm.overload) or any(user not in match.nodes for user in users(norm)):
         return match
     x, factor, eps, offset, round_to, _ = rms_norm.bind(*norm.args, **norm.kwargs)
+    if isinstance(eps, Node) or isinstance(offset, Node):  # a float of the program's that is symbolic
+        return match
     if any(val(t).dtype != val(norm).dtype for t in (x, factor) if t is not None):
         return match
     bindings = match.bindings | {"x": x} | ({"g": factor} if factor is not None else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class FuseSharedInputLinear(Fusion):
         group = sorted(user for user in users(x) if _alike(user, node))
         if len(group) < 2 or group[0] is not node:
             return None
-        rows = hint(val(x).numel() // val(x).shape[-1]) if val(x).numel() != 0 else 0
+        rows = hint(math.prod(val(x).shape[:-1]))
         most = TILE_ROWS if self.most_rows is None else min(self.most_rows, TILE_ROWS)
         if rows > most:
             miss = Miss(f"one launch for all pays up to {most} rows; there are {rows}", node, 1)

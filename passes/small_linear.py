@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ class FuseSmallLinear(Fusion):
             return None
         if sum(is_call(user, aten.linear.default) and user.args[0] is x for user in users(x)) > 1:
             return None
-        rows = hint(val(x).numel() // val(x).shape[-1]) if val(x).numel() != 0 else 0
+        rows = hint(math.prod(val(x).shape[:-1]))
         most = TILE_ROWS if self.most_rows is None else min(self.most_rows, TILE_ROWS)
         if rows > most:
             miss = Miss(f"one launch for a layer pays up to {most} rows; there are {rows}", node, 1)

@@ -7,6 +7,9 @@ from fxopt.kernels import _small_matmul
 from fxopt.kernels.small_linear import small_linear
 from fxopt.ops import Target
 
+# The interpreter computes with numpy, which warns of NaN and infinities.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PARTS = ("bias", "residual", "activation", "norm", "unweighted norm")
 

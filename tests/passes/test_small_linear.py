@@ -216,3 +216,15 @@ def test_gradients(run):
     model.double()(given.double(), residual.double()).square().sum().backward()
     for gradient, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient.double(), p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_no_guard_is_added_where_sizes_are_symbolic(run):
+    """Rows that depend on data can't be asked for: nothing may be asked of them."""
+
+    def program(x, keep, r):
+        kept = x[keep]
+        return F.linear(kept, W, B) + r[keep]
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        given = torch.randn(6, 16), torch.tensor([True, False, True, True, False, True]), torch.randn(6, 8)
+        assert run(program, *given).counts() == {"small_linear": 1}
