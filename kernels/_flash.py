@@ -13,12 +13,13 @@ and where it is 0 or True throughout it is not read again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._flash_decode import decode, serves
+from fxopt.kernels._flash_decode import decode, few
 from fxopt.kernels._flash_parts import (
     UNIFORM,
     ZERO,
@@ -34,6 +35,12 @@ from fxopt.kernels._flash_parts import (
 )
 from fxopt.kernels._flash_tiles import list_tiles, worth_listing
 from fxopt.kernels._triton import CompileExample, jit, tl
+from fxopt.ops import Config
+
+#: rows, keys, warps and stages that the tuner may try, beside `blocks`
+CONFIGS = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2))
+#: keys, warps and stages of the kernel for few rows
+DECODE_CONFIGS = ((32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 2))
 
 
 @jit
@@ -176,24 +183,45 @@ def flash_attention(
     factor: Tensor | None = None,
     first: Tensor | None = None,
     last: Tensor | None = None,
+    *,
+    config: Config | None = None,
 ) -> Tensor:
     """The `attention` op by Triton kernels: contiguous [B, Hq, M, Dv] in v's dtype.
 
     All operands may have any strides; where a last dimension of q, k or v is not dense, that tensor is copied.
+    `config` is one of `configs`, or None for what is believed to do.
     """
     out = v.new_empty((*q.shape[:3], v.shape[3]))
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_()
     given = operands(q, k, v, mask, is_causal, empty_rows, softcap, sink, factor, first, last)
-    if serves(given):
-        decode(given, out, scale, softcap)
+    if few(q.shape[2], q.shape[1] // k.shape[1]):
+        decode(given, out, scale, softcap, config=config)
     else:
-        prefill(given, out, scale, softcap)
+        prefill(given, out, scale, softcap, config=config)
     return out
 
 
+def configs(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Config]:
+    """Launches to try for these sizes: tiles of more or fewer rows and keys, warps, and tiles loaded ahead."""
+    if q.dtype.itemsize == 4:
+        return
+    if few(q.shape[2], q.shape[1] // max(k.shape[1], 1)):
+        for keys, warps, stages in DECODE_CONFIGS:
+            yield {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    else:
+        for rows, keys, warps, stages in CONFIGS:
+            yield {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+
+
 def prefill(
-    given: Operands, out: Tensor, scale: float, softcap: float | None, *, stats: tuple[Tensor, Tensor] | None = None
+    given: Operands,
+    out: Tensor,
+    scale: float,
+    softcap: float | None,
+    *,
+    stats: tuple[Tensor, Tensor] | None = None,
+    config: Config | None = None,
 ) -> None:
     """Attention tile by tile into `out`; into `stats` (float32 [B, Hq, M]) each row's maximum score and weight."""
     batch, heads, rows, _ = given.q.shape
@@ -204,6 +232,8 @@ def prefill(
     wide = max(widths["BLOCK_D"], widths["BLOCK_DV"]) * itemsize
     bounded = given.first is not None or given.last is not None
     block_m, block_n, warps, stages = blocks(wide, itemsize, tensors, bounded)
+    if config:
+        block_m, block_n, warps, stages = (config[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
     listed = worth_listing(given, block_n)
     tiles = list_tiles(given, block_m, block_n) if listed else out
     tops, weights = stats if stats is not None else (out, out)

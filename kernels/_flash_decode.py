@@ -28,6 +28,7 @@ from fxopt.kernels._flash_parts import (
     example_widths,
 )
 from fxopt.kernels._triton import CompileExample, jit, tl
+from fxopt.ops import Config
 
 # Few query rows go to the kernel that splits the keys.
 MAX_DECODE_ROWS = 16
@@ -165,13 +166,12 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + at * DV + width, result.to(out.dtype.element_ty), mask=width < DV)
 
 
-def serves(given: Operands) -> bool:
-    """Whether the query rows are few enough."""
-    rows, group = given.q.shape[2], given.q.shape[1] // max(given.k.shape[1], 1)
+def few(rows: int, group: int) -> bool:
+    """Whether the query rows, of `group` heads each that share a KV head, are few enough for one tile."""
     return rows <= MAX_DECODE_ROWS and rows * group <= MAX_GROUP_ROWS
 
 
-def decode(given: Operands, out: Tensor, scale: float, softcap: float | None) -> None:
+def decode(given: Operands, out: Tensor, scale: float, softcap: float | None, *, config: Config | None = None) -> None:
     """Attention with split keys into `out`."""
     batch, heads, rows, _ = given.q.shape
     kv_heads, keys = given.k.shape[1:3]
@@ -180,6 +180,8 @@ def decode(given: Operands, out: Tensor, scale: float, softcap: float | None) ->
     wide = max(widths["BLOCK_D"], widths["BLOCK_DV"]) * itemsize
     block_r = max(16, _triton.next_power_of_2(rows * group))
     block_n, warps, stages = blocks(wide, itemsize, block_r)
+    if config:
+        block_n, warps, stages = (config[n] for n in ("BLOCK_N", "num_warps", "num_stages"))
     splits = _split(batch * kv_heads, _triton.ceil_div(keys, block_n), out.device)
     direct = splits == 1
     partial = out.new_empty((out.numel() // width, splits, width) if not direct else 0, dtype=torch.float32)

@@ -26,6 +26,7 @@ instead of 1 / N. Such a mask is differentiated spelled out.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ from fxopt.kernels._flash_decode import MAX_DECODE_ROWS
 from fxopt.kernels._flash_parts import MAX_WIDTH as MAX_WIDTH
 from fxopt.kernels._triton import needs_gpu
 from fxopt.kernels.attention_training import attention_stats, unable
-from fxopt.ops import Target, fused_op
+from fxopt.ops import Config, Target, fused_op
 
 
 @fused_op(
@@ -125,39 +126,13 @@ def _beyond_sdpa(softcap: float | None, factor: Tensor | None) -> str | None:
     return "SDPA does not multiply scores by a tensor" if factor is not None else None
 
 
-def _triton_objection(
-    target: Target,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    empty_rows: str,
-    softcap: float | None,
-    sink: Tensor | None,
-    factor: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
-) -> str | None:
-    """The one place that says where the Triton kernels are preferred: for few rows over many keys, and where SDPA
-    can't help, would need the bounds of many rows as a mask, or the sink as a key, which costs a copy of K and V, half
-    a tile of width and a mask."""
+def _triton_unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
+    """Why the Triton kernels can't serve these arguments."""
+    _, is_causal, empty_rows, _, sink, _, first, last = rest
     bounded = first is not None or last is not None
-    if empty_rows == "uniform" and sink is None and bounded and (_adds(mask) or is_causal):
+    partly = (bounded and _adds(mask)) or (bool(is_causal) and (bounded or mask is not None))
+    if empty_rows == "uniform" and sink is None and partly:
         return "the Triton kernel averages rows that are empty over all keys, not over some"
-    if empty_rows == "uniform" and sink is None and is_causal and mask is not None:
-        return "the Triton kernel averages rows that are empty over all keys, not over some"
-    if _beyond_sdpa(softcap, factor) is None and sink is None and not (bounded and _many(q, k)):
-        if not target.compiled:
-            return "op by op, SDPA's launch costs the host less"
-        if not target.cuda_graphs:
-            # H200, 8-layer 8B shape, one row over 2048 keys: a step of 4.6 ms against Inductor's 3.1 ms.
-            return "outside a CUDA graph it was measured to be slower"
-        if not known_true(q.shape[2] <= MAX_DECODE_ROWS):
-            return f"SDPA is faster for more than {MAX_DECODE_ROWS} query rows"
-        if not known_true(k.shape[2] >= DECODE_KEYS):
-            return f"SDPA is as fast for fewer than {DECODE_KEYS} keys"
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (q, k, v)):
         return "the Triton kernel computes in float32"
     if not known_true(q.shape[3] <= MAX_WIDTH) or not known_true(v.shape[3] <= MAX_WIDTH):
@@ -165,12 +140,58 @@ def _triton_objection(
     return needs_gpu(target)
 
 
+def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
+    """The one place that says where the Triton kernels are preferred: for few rows over many keys, and where SDPA
+    can't help, would need the bounds of many rows as a mask, or the sink as a key, which costs a copy of K and V, half
+    a tile of width and a mask."""
+    _, _, _, softcap, sink, factor, first, last = rest
+    bounded = first is not None or last is not None
+    if _beyond_sdpa(softcap, factor) is not None or sink is not None or (bounded and _many(q, k)):  # type: ignore[arg-type]
+        return None
+    if not target.compiled:
+        return "op by op, SDPA's launch costs the host less"
+    if not target.cuda_graphs:
+        # H200, 8-layer 8B shape, one row over 2048 keys: a step of 4.6 ms against Inductor's 3.1 ms.
+        return "outside a CUDA graph it was measured to be slower"
+    if not known_true(q.shape[2] <= MAX_DECODE_ROWS):
+        return f"SDPA is faster for more than {MAX_DECODE_ROWS} query rows"
+    if not known_true(k.shape[2] >= DECODE_KEYS):
+        return f"SDPA is as fast for fewer than {DECODE_KEYS} keys"
+    return None
+
+
 def _many(q: Tensor, k: Tensor) -> bool:
     """Whether a mask of this size is one to avoid, by the sizes of the first call (every choice is right)."""
     return hint(q.shape[2]) * hint(k.shape[2]) >= MASK_ELEMENTS
 
 
-@attention.implementation("triton", opaque=True, when=_triton_objection)
+@attention.draw
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *rest: Any) -> tuple[Any, ...]:
+    """Normal numbers, masks that leave everything live, and bounds that are those of causality."""
+    *middle, sink, factor, first, last = rest
+    drawn = [None if t is None else _drawn(t) for t in (q, k, v, mask, sink, factor)]
+    if first is not None:
+        first = torch.zeros(first.shape, dtype=first.dtype)
+    if last is not None:
+        each = last.dim() > 0 and last.shape[-1] == q.shape[2]
+        rows = torch.arange(q.shape[2]) if each else torch.tensor(q.shape[2] - 1)
+        last = (rows + k.shape[2] - q.shape[2]).to(last.dtype).expand(last.shape)
+    return (*drawn[:4], scale, *middle, *drawn[4:], first, last)
+
+
+def _drawn(like: Tensor) -> Tensor:
+    span = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
+    flat = torch.ones(span, dtype=torch.bool) if like.dtype == torch.bool else torch.randn(span).to(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+@attention.implementation(
+    "triton",
+    opaque=True,
+    when=_triton_unable,
+    pays=_triton_pays,
+    configs=lambda q, k, v, *_: _flash.configs(q, k, v),
+)
 def _(
     q: Tensor,
     k: Tensor,
@@ -184,8 +205,11 @@ def _(
     factor: Tensor | None,
     first: Tensor | None,
     last: Tensor | None,
+    config: Config | None = None,
 ) -> Tensor:
-    return _flash.flash_attention(q, k, v, mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last)
+    return _flash.flash_attention(
+        q, k, v, mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last, config=config
+    )
 
 
 def _trained_objection(

@@ -283,3 +283,26 @@ def test_a_window_stores_no_mask():
     torch.cuda.reset_peak_memory_stats()
     _flash.flash_attention(q, k, v, None, 0.125, False, "zero", first=first, last=last)
     assert torch.cuda.max_memory_allocated() - before < 8192 * 8192 // 2
+
+
+@pytest.mark.parametrize("rows, keys", [(1, 300), (40, 150)])
+def test_configurations_compute_the_same(assert_as_good_as, triton_device, rows, keys):
+    q, k, v = qkv(rows, keys, F16, triton_device)
+    first, last = bounds(rows, keys, triton_device)["window"]
+    given = list(_flash.configs(q, k, v))
+    assert given
+    assert not list(_flash.configs(q.float(), k.float(), v.float()))
+    for config in given:
+        args = (q, k, v, None, 0.3, False, "zero")
+        y = _flash.flash_attention(*args, first=first, last=last, config=config)
+        assert_as_good_as(y, exact(*args, first, last, dtype=F16), exact(*args, first, last), 4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_the_tuner_draws_is_causal(rows):
+    q, k, v = (t.to("meta") for t in qkv(rows, 9))
+    bound = torch.empty(1, 1, rows, dtype=torch.int64, device="meta")
+    args = attention.bind(q, k, v, None, 0.3, first=bound, last=bound)
+    made = attention.drawn(*args)
+    assert [getattr(t, "shape", t) for t in made] == [getattr(t, "shape", t) for t in args]
+    assert torch.equal(live_of(*made[10:], 9)[0, 0], torch.ones(rows, 9).tril(9 - rows).bool())
