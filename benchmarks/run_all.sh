@@ -28,7 +28,7 @@ demos() {
 }
 
 wanted="$*"
-step tests "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/lower tests/training/test_gpu.py tests/training/test_distributed.py tests/test_generate.py tests/kernels -W ignore
+step tests "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/lower tests/training/test_gpu.py tests/training/test_distributed.py tests/test_generate.py tests/kernels tests/tune -W ignore
 step llama "$python" benchmarks/llama.py --layers 8 --out "$out/llama.json"
 step decode "$python" benchmarks/decode_ops.py --out "$out" --table
 step timeline "$python" benchmarks/decode_timeline.py --out "$out"
