@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import attending
 from attending import attend, compare, qkv, randn
@@ -110,7 +112,7 @@ def inputs(rows=ROWS, keys=KEYS, left=11):
     return (*qkv(rows=rows, keys=keys), m)
 
 
-def given(args):
+def arguments_of(args):
     args = (*args, *[None] * (12 - len(args)))
     mask = None if args[3] is None else tuple(args[3].meta["val"].shape)
     return args[5], args[10] is not None, args[11] is not None, mask
@@ -123,7 +125,7 @@ def test_masks_become_bounds(bounding, how, fill, live):
     compare(bounding.run(program, *inputs()), program, inputs())
     assert bounding.sites == 1, bounding.reasons
     (args,) = bounding.calls
-    assert given(args) == GIVES[live]
+    assert arguments_of(args) == GIVES[live]
     never = live not in (padded, padded_window, held_and_new, lengths)
     if not args[5] and never and live is not everything:
         assert args[6] == "zero"  # every row has a live key
@@ -148,7 +150,7 @@ def test_symbolic_sizes_stay_symbolic(bounding, live):
             compare(compiled(q, k, v, m), program, (q, k, v, m))
     assert bounding.sites == 1, bounding.reasons
     assert len(bounding.graphs) == 1
-    assert given(bounding.calls[0])[:3] == GIVES[live][:3]
+    assert arguments_of(bounding.calls[0])[:3] == GIVES[live][:3]
 
 
 def test_packed_sequences_are_found_by_bisection(bounding):
@@ -162,13 +164,13 @@ def test_packed_sequences_are_found_by_bisection(bounding):
     arguments = (*qkv(rows=KEYS, keys=KEYS), positions)
     compare(bounding.run(program, *arguments), program, arguments)
     assert bounding.sites == 1, bounding.reasons
-    assert given(bounding.calls[0]) == (False, True, True, None)
+    assert arguments_of(bounding.calls[0]) == (False, True, True, None)
 
 
 def test_documents_in_any_order_stay_a_mask_within_the_bounds(bounding):
     program = filled(lambda i, j, m, q, k: (m[:, None, :ROWS, None] == m[:, None, None, :]) & (j <= i), -math.inf)
     compare(bounding.run(program, *inputs()), program, inputs())
-    assert given(bounding.calls[0]) == (False, False, True, (2, 1, ROWS, KEYS))
+    assert arguments_of(bounding.calls[0]) == (False, False, True, (2, 1, ROWS, KEYS))
 
 
 def test_a_bias_beside_a_window(bounding):
@@ -178,7 +180,7 @@ def test_a_bias_beside_a_window(bounding):
 
     arguments = (*inputs(), randn(4, ROWS, KEYS, seed=7))
     compare(bounding.run(program, *arguments), program, arguments)
-    assert given(bounding.calls[0]) == (False, True, True, (4, ROWS, KEYS))
+    assert arguments_of(bounding.calls[0]) == (False, True, True, (4, ROWS, KEYS))
 
 
 def test_a_sink_beside_a_padded_window(bounding):
@@ -191,7 +193,7 @@ def test_a_sink_beside_a_padded_window(bounding):
 
     arguments = (*inputs(), randn(4, seed=7))
     compare(bounding.run(program, *arguments), program, arguments)
-    assert given(bounding.calls[0]) == (False, True, True, (2, 1, 1, KEYS))
+    assert arguments_of(bounding.calls[0]) == (False, True, True, (2, 1, 1, KEYS))
 
 
 def test_a_soft_cap_in_a_window(bounding):
@@ -202,7 +204,7 @@ def test_a_soft_cap_in_a_window(bounding):
         return attend(torch.tanh(q @ k.mT * 0.3 / 5.0) * 5.0 + mask, v)
 
     compare(bounding.run(program, *inputs()), program, inputs())
-    assert given(bounding.calls[0]) == (False, True, True, None)
+    assert arguments_of(bounding.calls[0]) == (False, True, True, None)
 
 
 # What must stay as it is
@@ -217,7 +219,7 @@ def test_two_finite_masks_stay_masks(bounding):
         return attend(q @ k.mT * 0.3 + first + second, v)
 
     compare(bounding.run(program, *inputs()), program, inputs())
-    assert given(bounding.calls[0])[:3] == (False, False, False)
+    assert arguments_of(bounding.calls[0])[:3] == (False, False, False)
 
 
 def test_numbers_that_absorb_nothing_stay_masks(bounding):
@@ -226,7 +228,7 @@ def test_numbers_that_absorb_nothing_stay_masks(bounding):
         return attend(q @ k.mT * 0.3 + torch.zeros(()).masked_fill(j > i, -20.0), v)
 
     compare(bounding.run(program, *inputs()), program, inputs())
-    assert given(bounding.calls[0])[:3] == (False, False, False)
+    assert arguments_of(bounding.calls[0])[:3] == (False, False, False)
 
 
 def test_a_mask_that_is_an_input_stays_a_mask(bounding):
@@ -236,7 +238,7 @@ def test_a_mask_that_is_an_input_stays_a_mask(bounding):
         torch.zeros(ROWS, KEYS).masked_fill(~torch.ones(ROWS, KEYS).tril().bool(), MIN),
     )
     compare(bounding.run(program, *arguments), program, arguments)
-    assert given(bounding.calls[0]) == (False, False, False, (ROWS, KEYS))
+    assert arguments_of(bounding.calls[0]) == (False, False, False, (ROWS, KEYS))
 
 
 def test_on_a_cpu_only_causality_is_taken_from_masks(fuser):
@@ -244,7 +246,7 @@ def test_on_a_cpu_only_causality_is_taken_from_masks(fuser):
         fuser.graphs.clear()
         program = named(live, None)
         compare(fuser.run(program, *inputs()), program, inputs())
-        assert given(fuser.calls[0]) == expected
+        assert arguments_of(fuser.calls[0]) == expected
 
 
 def test_a_length_written_to_is_read_in_time(bounding):
@@ -288,7 +290,7 @@ def test_gradients(bounding, live, how, fill, bounded):
     ours = gradients(program, inputs(), bounding, torch.float32)
     eager, exact = (gradients(program, inputs(), None, dtype) for dtype in (torch.float32, torch.float64))
     assert bounding.sites == 1, bounding.reasons
-    assert given(bounding.calls[0])[2] is bounded
+    assert arguments_of(bounding.calls[0])[2] is bounded
     for mine, theirs, right in zip(ours, eager, exact, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
         mine, theirs, right = (t.nan_to_num() for t in (mine, theirs, right))
@@ -315,3 +317,45 @@ def test_layers_share_what_they_make_of_a_mask(bounding):
     merge_masks(graph.graph)
     assert bounding.sites == 3
     assert len({(args[3], args[10], args[11]) for args in bounding.calls}) == 1
+
+
+# Whatever the mask, and wherever its bounds lie: the result is eager's
+
+PARTS = {
+    "upper": lambda a: lambda i, j, m: j <= i + a,
+    "strictly below": lambda a: lambda i, j, m: j < i + a,
+    "lower": lambda a: lambda i, j, m: j > i - a,
+    "twice as far": lambda a: lambda i, j, m: 2 * j <= i + a,
+    "chunk": lambda a: lambda i, j, m: i // (abs(a) + 2) == (j + 1) // (abs(a) + 2),
+    "length": lambda a: lambda i, j, m: j < m.sum(-1)[:, None, None, None] - a,
+    "padding": lambda a: lambda i, j, m: (m != 0)[:, None, None, :],
+    "hole": lambda a: lambda i, j, m: j != a,
+    "stripes": lambda a: lambda i, j, m: (i + j) % (abs(a) + 2) != 0,
+    "prefix": lambda a: lambda i, j, m: (j <= i) | (j < a),
+    "some rows": lambda a: lambda i, j, m: i > a,
+}
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    parts=st.lists(st.tuples(st.sampled_from(sorted(PARTS)), st.integers(-3, 8)), min_size=1, max_size=3),
+    how=st.sampled_from([filled, added, named]),
+    fill=st.sampled_from([-math.inf, MIN]),
+    turned=st.booleans(),
+)
+def test_any_mask(parts, how, fill, turned):
+    attending.FUSIONS, before = (RaiseSoftmax(), RaiseEinsum(), FuseAttention(bounds=True)), attending.FUSIONS
+    try:
+        conditions = [PARTS[name](a) for name, a in parts]
+
+        def live(i, j, m, q, k):
+            result = conditions[0](i, j, m)
+            for condition in conditions[1:]:
+                result = result | condition(i, j, m) if turned else result & condition(i, j, m)
+            return result
+
+        program, fuser = how(live, fill), attending.Fuser()
+        compare(fuser.run(program, *inputs(12, 14, 5)), program, inputs(12, 14, 5))
+        assert fuser.sites == 1, fuser.reasons
+    finally:
+        attending.FUSIONS = before
