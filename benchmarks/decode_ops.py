@@ -89,7 +89,7 @@ def cases(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
         return small_linear.bind(x(b, 1, hidden), w(vocabulary, hidden), None, None, None, x(hidden), *norm)
 
     def rope(b: int, length: int) -> tuple[Any, ...]:
-        heads_of = x(b, length, q + k).split((q, k), -1)  # as the projections leave them
+        heads_of = x(b, length, q), x(b, length, k)  # as the projections leave them
         turned = [t.unflatten(-1, (-1, lanes)).transpose(1, 2) for t in heads_of]
         angles = torch.rand(1, 1, length, lanes, device=device) * 6
         return rotary_pair.bind(*turned, angles.cos().to(dtype), angles.sin().to(dtype))
@@ -108,13 +108,14 @@ def cases(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
         yield Case(
             "down", f"{b}x{inner} -> {hidden}, + residual", small_linear, lambda b=b: onto(b, hidden, inner), slow
         )
-    for b, length in ((1, 1), (3, 2)) if tiny else ((1, 1), (16, 1), (1, 2048)):
+    for b, length in ((1, 1), (3, 1), (1, 2)) if tiny else ((1, 1), (16, 1), (1, 2048)):
         shapes = f"{b}x{heads}+{kv}x{length}x{lanes}"
         yield Case("rotary", shapes, rotary_pair, lambda b=b, n=length: rope(b, n))
     for rows in (3,) if tiny else (1, 192, 4096):
         yield Case("gated_mlp", f"{rows}x{inner}, silu", gated_activation,
                    lambda r=rows: gated_activation.bind(x(r, inner), x(r, inner), "silu"))  # fmt: skip
-    yield Case("head", f"norm, 1x{hidden} -> vocabulary", small_linear, lambda: head(1), False)
+    for b in batches[:2]:
+        yield Case("head", f"norm, {b}x{hidden} -> vocabulary", small_linear, lambda b=b: head(b), False)
     yield Case("rms_norm", f"1x{hidden}", rms_norm, lambda: rms_norm.bind(x(1, hidden), x(hidden), *norm, dtype), False)
 
 

@@ -6,10 +6,16 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import decode_ops
 import decode_timeline
+import fxopt
 from decode_timeline import Kernel, analyse
+from fxopt.lower import implementations
+from fxopt.passes.shared_input_linear import FuseSharedInputLinear
+from fxopt.passes.small_linear import FuseSmallLinear
+from fxopt.tune import choose, key
 
 
 def test_a_timeline_adds_up():
@@ -48,6 +54,42 @@ def test_what_computes_something_else_is_not_timed(tmp_path, triton_device, monk
     (row,) = decode_ops.main([*arguments, "--cases", "gated_mlp", "--modes", "eager"])["rows"]
     assert set(row["times"]) == {"eager"}
     assert "against float64" in row["left_out"]["fxopt"]
+
+
+def test_the_cases_are_those_that_a_compiled_llama_asks_the_tuner_for(without_inductor, monkeypatch):
+    """Otherwise a table made of them would be of no use: the arguments have to agree in kind, strides and order."""
+    transformers = pytest.importorskip("transformers")
+    asked = set()
+
+    def kinds(op, args):
+        words = [key._kind(a) for a in key.concrete(tuple(args))]
+        return op.name, *(words[:-1] if "linear" in op.name else words)  # but for the limit that is set by hand here
+
+    def asking(op, target, fakes):
+        asked.add(kinds(op, fakes))
+        return choose(op, target, fakes)
+
+    monkeypatch.setattr(implementations, "choose", asking)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        vocab_size=200, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().bfloat16()
+    fusions = [kind(most_rows=64, devices=("cpu",)) for kind in (FuseSmallLinear, FuseSharedInputLinear)]
+    try:
+        for fusion in fusions:
+            fxopt.register(fusion)
+        for batch in (1, 3):
+            torch._dynamo.reset()
+            with torch.no_grad():
+                bind = decode_timeline.decode(model, batch, 16, 5, torch.device("cpu"))
+                bind(torch.compile(model, backend="fxopt", dynamic=False))()
+    finally:
+        for fusion in fusions:
+            fxopt.unregister(fusion.name)
+    known = {kinds(case.op, case.make()) for case in decode_ops.cases("cpu", torch.bfloat16, tiny=True)}
+    assert len({name for name, *_ in asked}) == 5
+    assert {entry for entry in asked if entry[0] != "attention"} <= known
 
 
 @pytest.mark.slow
