@@ -13,9 +13,10 @@ import decode_timeline
 import fxopt
 from decode_timeline import Kernel, analyse
 from fxopt.lower import implementations
+from fxopt.ops import Target
 from fxopt.passes.shared_input_linear import FuseSharedInputLinear
 from fxopt.passes.small_linear import FuseSmallLinear
-from fxopt.tune import choose, key
+from fxopt.tune import choose, key, store
 
 
 def test_a_timeline_adds_up():
@@ -90,6 +91,45 @@ def test_the_cases_are_those_that_a_compiled_llama_asks_the_tuner_for(without_in
     known = {kinds(case.op, case.make()) for case in decode_ops.cases("cpu", torch.bfloat16, tiny=True)}
     assert len({name for name, *_ in asked}) == 5
     assert {entry for entry in asked if entry[0] != "attention"} <= known
+
+
+def test_a_table_of_the_cases_turns_the_kernels_on(without_inductor, triton_device, monkeypatch):
+    """As it will be on a GPU, in the interpreter: the fusions with their defaults, their kernels known to pay."""
+    transformers = pytest.importorskip("transformers")
+    if triton_device != "cpu":
+        pytest.skip("on a GPU tests/tune/test_gpu.py does that, with a measurement")
+    monkeypatch.setenv("FXOPT_CACHE_DIR", "")
+    monkeypatch.setattr(key, "signature", lambda parts: f"{parts['op']}: {parts['arguments']}")
+    torch._dynamo.reset()  # which forgets what was measured
+    for op in (decode_ops.small_linear, decode_ops.linear_triple, decode_ops.gated_linear):
+        able = [dataclasses.replace(i, when=None) if i.name == "triton" else i for i in op.implementations]
+        monkeypatch.setattr(op, "implementations", able)
+    for case in decode_ops.cases("cpu", torch.bfloat16, tiny=True):
+        if "linear" in case.op.name:
+            parts = key.describe(case.op, Target(torch.device("cpu")), key.concrete(case.make()), {})
+            store.save(key.signature(parts), store.Entry(parts, "triton"))
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        vocab_size=200, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().bfloat16().to(triton_device)
+    fusions = [kind(devices=("cpu", "cuda")) for kind in (FuseSharedInputLinear, FuseSmallLinear)]
+    try:
+        for fusion in fusions:
+            fxopt.register(fusion)
+        with fxopt.record() as rec, torch.no_grad():
+            bind = decode_timeline.decode(model, 1, 16, 5, torch.device(triton_device))
+            eager = bind(model)().clone()
+            compiled = bind(torch.compile(model, backend="fxopt", dynamic=False))()
+    finally:
+        for fusion in fusions:
+            fxopt.unregister(fusion.name)
+        store.clear()
+    torch.testing.assert_close(compiled, eager, rtol=0.05, atol=0.02)
+    layers = [(site.op, site.implementation) for site in rec.sites if "linear" in site.op]
+    layer = [(op, "triton") for op in ("linear_triple", "small_linear", "gated_linear", "small_linear")]
+    assert layers == [*layer, *layer, ("small_linear", "triton")]
+    assert not [site for site in rec.sites if "norm" in site.op]
 
 
 @pytest.mark.slow
