@@ -35,6 +35,7 @@ aten = torch.ops.aten
 
 _VIEW_TO_RESHAPE = {aten.view.default, aten._unsafe_view.default}
 _CASTING = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten.type_as.default}
+_ITEMS = (aten.item.default, aten._local_scalar_dense.default)
 _EXPANDS = {aten.expand.default, aten.expand_as.default}
 
 
@@ -47,7 +48,7 @@ def canonicalise(module: GraphModule) -> int:
     given_out = frozenset[int]().union(*map(storages, returned))
     differentiated = gradients_on(graph)  # where they can flow, `detach` is no alias
     cut = without_gradients(graph)
-    changed = dropped + _scalar_constants(module)
+    changed = dropped + _scalar_constants(module) + _numbers_first(graph, written)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -95,6 +96,21 @@ def _inactive_dropout(graph: Graph) -> int:
             graph.erase_node(node)
             changed += 1
     return changed
+
+
+def _numbers_first(graph: Graph, written: frozenset[int]) -> int:
+    """Read numbers off the inputs (with dynamic=True every float attribute is one) before all else.
+
+    Dynamo reads them where they are used first, which is often later than a replacement has to stand.
+    """
+    moved = 0
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in [n for op in _ITEMS for n in graph.find_nodes(op="call_function", target=op)]:
+        source = node.args[0]
+        if source.op == "placeholder" and node is not first and not storages(source) & written:
+            first.prepend(node)
+            moved += 1
+    return moved
 
 
 def _written_storages(graph: Graph) -> frozenset[int]:

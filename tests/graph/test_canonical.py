@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import fxopt
+from fxopt.graph.canonical import canonicalise
+from fxopt.graph.normalise import normal_forms
+
 aten = torch.ops.aten
 x = torch.randn(4, 6)
 
@@ -196,3 +200,40 @@ def test_numbers_of_different_types_are_different(captured):
     x = torch.randn(3)
     for mine, right in zip(captured.run(program, x), program(x), strict=True):
         torch.testing.assert_close(mine, right)
+
+
+def test_numbers_are_read_off_the_inputs_first():
+    """With dynamic=True a float attribute is read where it is used first: too late for a norm whose sum others read."""
+
+    class Norm(torch.nn.Module):
+        eps = 1e-5
+
+        def forward(self, x, r):
+            h = x + r
+            return h.cumsum(0), h, h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    model = Norm()
+    with torch.no_grad(), fxopt.record() as rec:
+        compiled = torch.compile(model, backend="fxopt", dynamic=True)
+        for model.eps in (1e-5, 0.5):
+            torch.testing.assert_close(compiled(x, x + 1), model(x, x + 1))
+    assert len(rec.graphs) == 1
+    assert rec.counts() == {"rms_norm": 1}
+
+
+def test_a_number_in_an_input_that_is_written_to_is_read_where_it_was():
+    def program(x, n):
+        n.add_(1)
+        return x + 1, x * n.item()
+
+    def backend(module, inputs):
+        part = normal_forms(module, inputs)[0]
+        canonicalise(part)
+        targets = [n.target for n in part.graph.nodes]
+        assert targets.index(aten.add_.Tensor) < targets.index(aten.item.default)
+        return part
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(program, backend=backend, fullgraph=True)
+        for actual, expected in zip(compiled(x, torch.tensor(2.0)), program(x, torch.tensor(2.0)), strict=True):
+            torch.testing.assert_close(actual, expected)
