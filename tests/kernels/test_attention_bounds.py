@@ -73,13 +73,15 @@ def check(assert_as_good_as, implementation, args, **more):
     assert_as_good_as(y, exact(*args, **more, dtype=args[0].dtype), exact(*args, **more), 4)
 
 
-SHAPES = [(1, 150), (3, 70), (40, 150), (130, 130)]
+SHAPES = [(1, 150, F32), (40, 150, F32)]
+MORE = [(3, 70, BF16), (130, 130, F16)]
 
 
 @pytest.mark.parametrize("kind", bounds(1, 1))
 @pytest.mark.parametrize("implementation", ["reference", "sdpa", "decomposed", "triton"])
-def test_bounds_against_float64(assert_as_good_as, triton_device, implementation, kind):
-    for (rows, keys), dtype in zip(SHAPES, (F32, BF16, F32, F16), strict=True):
+@pytest.mark.parametrize("shapes", [SHAPES, pytest.param(MORE, marks=pytest.mark.slow)])
+def test_bounds_against_float64(assert_as_good_as, triton_device, implementation, kind, shapes):
+    for rows, keys, dtype in shapes:
         first, last = bounds(rows, keys, triton_device)[kind]
         q, k, v = qkv(rows, keys, dtype, triton_device)
         padding = torch.rand(B, 1, 1, keys, device=triton_device) < 0.7
@@ -139,7 +141,7 @@ def opaque(kind, rows, keys, dtype, device):
     live = {
         "causal": j <= i,
         "window": (j <= i) & (j > i - 20),
-        "documents": i // 70 == j // 70,
+        "documents": i // 40 == j // 40,
         "all": (i >= 0) & (j >= 0),
         "none": (i < 0) & (j < 0),
         "some rows": (i % 3 > 0) & (j <= i),
@@ -155,13 +157,13 @@ KINDS = ["causal", "window", "documents", "all", "none", "some rows", "one key"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bool, F32, F16])
+@pytest.mark.parametrize("dtype", [torch.bool, F32, pytest.param(F16, marks=pytest.mark.slow)])
 def test_masks_that_heads_share(assert_as_good_as, triton_device, kind, dtype):
-    rows, keys = 140, 200
+    rows, keys = 70, 130
     q, k, v = qkv(rows, keys, device=triton_device)
     mask = opaque(kind, rows, keys, dtype, triton_device)
     assert worth_listing(operands(q, k, v, mask, False, "nan", None, None, None, None, None), 32)
-    for empty_rows in ("nan", "zero", "uniform") if dtype == torch.bool else ("nan",):
+    for empty_rows in ("zero", "uniform") if dtype == torch.bool else ("nan",):
         args = (q, k, v, mask, 0.3, False, empty_rows)
         y, right = attention.run("triton", *args), exact(*args)
         if dtype == F32:  # float64 adds scores to finfo.min

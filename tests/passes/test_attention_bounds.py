@@ -336,7 +336,7 @@ PARTS = {
 }
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     parts=st.lists(st.tuples(st.sampled_from(sorted(PARTS)), st.integers(-3, 8)), min_size=1, max_size=3),
     how=st.sampled_from([filled, added, named]),
