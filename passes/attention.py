@@ -56,7 +56,8 @@ class FuseAttention(Fusion):
     Found spelled out or as F.scaled_dot_product_attention, with any layout of q, k and v, any place of the scale, masks
     added or filled in, soft caps, sinks, heads of k and v repeated (grouped-query attention) or mixed (talking heads),
     and weights that are scaled, mixed with others or blanked afterwards. Masks that the graph makes become causality,
-    or bounds on each row's keys (`bounds`). Refused, with the reason, where the softmax is not over the keys, dropout is active, the scores are clamped, or the weights are used elsewhere.
+    or bounds on each row's keys (`bounds`). Refused, with the reason, where the softmax is not over the keys, dropout
+    is active, the scores are clamped, or the weights are used elsewhere.
     """
 
     anchors: ClassVar[tuple[Any, ...]] = (*SOFTMAXES, SDPA)
