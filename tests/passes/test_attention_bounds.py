@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import attending
+import fxopt
 from attending import attend, compare, qkv, randn
 from fxopt.graph.canonical import merge_masks
 from fxopt.passes.attention import FuseAttention
@@ -359,3 +360,27 @@ def test_any_mask(parts, how, fill, turned):
         assert fuser.sites == 1, fuser.reasons
     finally:
         attending.FUSIONS = before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("live", [window, chunks, at_the_end])
+def test_on_a_gpu_bounds_are_what_the_kernels_get(live, trained):
+    program = added(live, torch.finfo(torch.bfloat16).min)
+    tensors = [t.to("cuda", torch.bfloat16) for t in qkv(rows=1000, keys=1024, width=64)]
+    m = torch.ones(2, 1024, dtype=torch.int64, device="cuda")
+
+    def run(step, dtype):
+        leaves = [t.to(dtype).requires_grad_(trained) for t in tensors]
+        out = step(*leaves, m)
+        return [out.detach(), *(torch.autograd.grad(out.sum(), leaves) if trained else ())]
+
+    torch._dynamo.reset()
+    with fxopt.record() as rec:
+        ours = run(torch.compile(program, backend="fxopt", fullgraph=True), torch.bfloat16)
+    assert [site.implementation for site in rec.sites] == ["triton_trained" if trained else "triton"]
+    eager, exact = run(program, torch.bfloat16), run(added(live, torch.finfo(torch.float64).min), torch.float64)
+    for mine, theirs, right in zip(ours, eager, exact, strict=True):
+        allowed = 2 * (theirs.double() - right).abs().max() + torch.finfo(torch.bfloat16).eps * right.abs().max()
+        assert (mine.double() - right).abs().max() <= allowed
