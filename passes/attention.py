@@ -62,7 +62,8 @@ class FuseAttention(Fusion):
 
     anchors: ClassVar[tuple[Any, ...]] = (*SOFTMAXES, SDPA)
     expected: ClassVar[tuple[Any, ...]] = anchors
-    #: masks become bounds on each row's keys where they can; None: on GPUs, whose kernels visit only what lies within
+    #: masks become bounds on each row's keys where they can; None: on GPUs, whose kernels visit only what lies within,
+    #: and where gradients flow: SDPA has them for masks that leave every row a key, not for numbers that are added
     bounds: bool | None = None
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
@@ -91,7 +92,9 @@ class FuseAttention(Fusion):
         named = {"q": roles.q, "k": roles.k, "v": roles.v}
         bindings: dict[str, Any] = {name: operand.base for name, operand in named.items() if operand is not None}
         bindings["scale"] = arranged.scale
-        everywhere = self.bounds if self.bounds is not None else val(roles.v.base).device.type == "cuda"
+        everywhere = self.bounds
+        if everywhere is None:
+            everywhere = val(roles.v.base).device.type == "cuda" or torch.is_grad_enabled()
         empty_rows = "uniform" if arranged.uniform else roles.empty_rows
         bounds = read_bounds(arranged, scope, roles.sizes, roles.output, empty_rows, everywhere=everywhere)
         unread = arranged

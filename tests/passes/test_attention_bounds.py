@@ -384,3 +384,13 @@ def test_on_a_gpu_bounds_are_what_the_kernels_get(live, trained):
     for mine, theirs, right in zip(ours, eager, exact, strict=True):
         allowed = 2 * (theirs.double() - right).abs().max() + torch.finfo(torch.bfloat16).eps * right.abs().max()
         assert (mine.double() - right).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("live, implementation", [(window, "sdpa"), (padded, "decomposed")])
+@pytest.mark.usefixtures("without_inductor")
+def test_added_masks_that_leave_every_row_a_key_are_differentiated_by_sdpa(live, implementation):
+    torch._dynamo.reset()
+    tensors = [t.requires_grad_() for t in qkv(rows=ROWS, keys=KEYS)]
+    with fxopt.record() as rec:
+        torch.compile(added(live, MIN), backend="fxopt", fullgraph=True)(*tensors, inputs()[3]).sum().backward()
+    assert [site.implementation for site in rec.sites] == [implementation]
