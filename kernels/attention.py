@@ -39,7 +39,7 @@ from fxopt.kernels._flash_decode import MAX_DECODE_ROWS
 from fxopt.kernels._flash_parts import MAX_WIDTH as MAX_WIDTH
 from fxopt.kernels._triton import needs_gpu
 from fxopt.kernels.attention_training import attention_stats, unable
-from fxopt.ops import Config, Target, fused_op
+from fxopt.ops import Target, fused_op
 
 
 @fused_op(
@@ -185,31 +185,13 @@ def _drawn(like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, like.stride())
 
 
-@attention.implementation(
+attention.implementation(
     "triton",
     opaque=True,
     when=_triton_unable,
     pays=_triton_pays,
     configs=lambda q, k, v, *_: _flash.configs(q, k, v),
-)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    empty_rows: str,
-    softcap: float | None,
-    sink: Tensor | None,
-    factor: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
-    config: Config | None = None,
-) -> Tensor:
-    return _flash.flash_attention(
-        q, k, v, mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last, config=config
-    )
+)(_flash.flash_attention)
 
 
 def _trained_objection(
@@ -271,20 +253,8 @@ def _filled_objection(
 
 
 @attention.implementation("sdpa_filled", when=_filled_objection)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    empty_rows: str,
-    softcap: float | None,
-    sink: Tensor | None,
-    factor: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *rest: Any) -> Tensor:
+    empty_rows, _, _, _, first, last = rest
     if q.device.type != "cpu":
         k, v = repeat_heads(q, k), repeat_heads(q, v)  # see sdpa_repeated
     mask = with_bounds(mask, first, last, k.shape[2], empty_rows)
@@ -329,20 +299,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
 
 
 @attention.implementation("sdpa", when=_sdpa_objection)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    empty_rows: str,
-    softcap: float | None,
-    sink: Tensor | None,
-    factor: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *rest: Any) -> Tensor:
+    empty_rows, _, sink, _, first, last = rest
     return _attention_sdpa.attend(q, k, v, mask, scale, is_causal, empty_rows, sink, first, last)
 
 
