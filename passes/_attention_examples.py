@@ -27,7 +27,7 @@ def examples() -> Iterable[Example]:
     yield Example(_capped, inputs, name="soft cap")
     yield Example(_sink, lambda: (*inputs(), torch.randn(4)), name="a sink")
     yield Example(_other_dim, inputs, sites=0, refused="not the last", name="softmax over the rows")
-    yield Example(_with_weights, inputs, sites=0, refused="also used by", name="the weights are returned too")
+    yield Example(_with_weights, inputs, sites=0, refused="weights are returned", name="the weights are returned too")
 
 
 def _spelled_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -186,9 +186,8 @@ def _product(softmax: Node) -> tuple[Node, int] | Miss | None:
             return Miss("dropout is active on the attention weights", at, hint=hints.DROPOUT)
         others = [u for u in users(at) if u not in members and u is not output]
         if others:
-            return Miss(
-                f"the attention weights are also used by {others[0].name}", others[0], hint=hints.kept(at, others[0])
-            )
+            what = f"the attention weights are {hints.read_by(others[0])}"
+            return Miss(what, others[0], hint=hints.kept(at, others[0]))
     if len({p for p, _ in products}) > 1:
         other = next(p for p, _ in products if p is not output)
         return Miss(f"the attention weights are also used by {other.name}", other, hint=hints.kept(end, other))

@@ -128,7 +128,7 @@ def _match(product: Product, root: Node) -> Match | Miss:
     for node in inside:
         outside = [u for u in users(node) if u not in covered]
         if outside:
-            what = f"the dequantised weight is also used by {outside[0].name}"
+            what = f"the dequantised weight is {hints.read_by(outside[0])}"
             return Miss(
                 what, outside[0], len(inside), "dequantise once for each use: then no product needs it in memory"
             )

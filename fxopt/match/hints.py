@@ -1,4 +1,4 @@
-"""What makes a site fuse, in words: hints that several fusions give, so that one cause is always told alike.
+"""What makes a site fuse, in words: what several fusions say, so that one cause is always told alike.
 
 A hint says what the reader of a report can do (`Miss(..., hint=hints.DROPOUT)`). Where only another model would help,
 there is none: the reason is enough.
@@ -16,6 +16,11 @@ NUMBER = "give it as a Python number: a tensor's value is not known while the gr
 
 #: a dimension that must be known while the graph is compiled
 STATIC = "compile with dynamic=False, or call torch._dynamo.mark_static on that dimension of the input"
+
+
+def read_by(user: Node) -> str:
+    """How a reason tells who else reads a value: "also used by add_1", or "returned"."""
+    return "returned" if user.op == "output" else f"also used by {user.name}"
 
 
 def kept(node: Node, user: Node) -> str:

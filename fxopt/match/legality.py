@@ -31,7 +31,7 @@ def illegality(match: Match, scope: Scope) -> Miss | None:
     for node in match.nodes:
         others = [u for u in users(node) if u not in match.nodes]
         if others and node not in match.outputs:
-            what = f"the inner value {node.name} is also used by {others[0].name}"
+            what = f"the inner value {node.name} is {hints.read_by(others[0])}"
             return Miss(what, others[0], progress, hints.kept(node, others[0]))
         outside += others
 

@@ -167,6 +167,6 @@ def _leak(match: Match) -> Miss | None:
         if node not in match.outputs:
             for user in users(node):
                 if user not in match.nodes:
-                    what = f"the inner value {node.name} is also used by {user.name}"
+                    what = f"the inner value {node.name} is {hints.read_by(user)}"
                     return Miss(what, user, len(match.nodes), hints.kept(node, user))
     return None

@@ -269,7 +269,7 @@ REFUSED = {
         lambda x, w: w * ((x + w) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
         "where x is",
     ),
-    "inner value returned": (inner_value, "the inner value mean is also used by"),
+    "inner value returned": (inner_value, "the inner value mean is returned"),
 }
 
 

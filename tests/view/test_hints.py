@@ -44,9 +44,9 @@ class Attention(nn.Module):
 CASES = {
     "dropout on the weights": (lambda q: attention(q, 0.1, True), (Q,), "attention", "dropout", "model.eval()"),
     "dropout in SDPA": (sdpa, (Q,), "attention", "dropout is active", "model.eval()"),
-    "weights returned": (lambda q: attention(q, keep=True), (Q,), "attention", "also used by", "don't return"),
+    "weights returned": (lambda q: attention(q, keep=True), (Q,), "attention", "are returned", "don't return"),
     "weights returned by a module": (Attention().eval(), (Q[0],), "attention", "also used by", "don't return"),
-    "inner value of a norm returned": (unkept_norm, (Q,), "rms_norm", "also used by", "don't return"),
+    "inner value of a norm returned": (unkept_norm, (Q,), "rms_norm", "is returned", "don't return"),
     "eps in a tensor": (eps_in_a_tensor, (Q, torch.tensor(1e-6)), "rms_norm", "eps is a tensor", "Python number"),
 }
 
