@@ -226,8 +226,8 @@ def merge_masks(graph: Graph) -> int:
     """Booleans and int64 that are computed twice in the same way are computed once: masks and positions.
 
     Floats stay apart, for layers are compiled and rewritten each for itself, and so do narrower integers: quantised
-    weights, whose every use is a site of its own. Nothing that is written to or returned is
-    merged, and nothing that reads what is written to: it may read it before and after.
+    weights, whose every use is a site of its own. Nothing that is written to or returned is merged, and nothing that
+    reads what is written to: it may read it before and after.
     """
     written = _written_storages(graph)
     kept = written.union(*map(storages, graph.output_node().all_input_nodes))
@@ -236,8 +236,7 @@ def merge_masks(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
             continue
-        value = val(node)
-        if value.dtype not in (torch.bool, torch.int64) or is_mutable(node) or is_random(node):
+        if not _makes_masks(node) or is_mutable(node) or is_random(node):
             continue
         key = _hashable((node.target, node.args, node.kwargs))
         if key is None or storages(node) & kept or any(storages(n) & written for n in node.all_input_nodes):
@@ -248,6 +247,15 @@ def merge_masks(graph: Graph) -> int:
             graph.erase_node(node)
             changed += 1
     return changed
+
+
+def _makes_masks(node: Node) -> bool:
+    """Whether a tensor holds truth values or positions, or other integers that are only compared."""
+    dtype = val(node).dtype
+    if dtype in (torch.bool, torch.int64):
+        return True
+    compared = all(is_tensor(user) and val(user).dtype == torch.bool for user in node.users)
+    return compared and bool(node.users) and not dtype.is_floating_point and not dtype.is_complex
 
 
 def _hashable(argument: Any) -> Any:

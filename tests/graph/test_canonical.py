@@ -169,6 +169,15 @@ def test_masks_computed_twice_are_computed_once(captured):
     )
 
 
+def test_narrow_integers_are_merged_where_they_are_only_compared(captured):
+    def program(x, m):
+        return x.masked_fill(m.view(4, 6) == 0, -1.0) + x.masked_fill(m.view(4, 6) == 0, 1.0) * m.view(4, 6)
+
+    m = torch.arange(24, dtype=torch.int32) % 3
+    torch.testing.assert_close(captured.run(program, x, m), program(x, m))
+    assert captured.targets().count(aten.eq.Scalar) == 1
+
+
 def test_masks_that_are_written_to_or_returned_stay_apart(captured):
     def program(x, y):
         one, two = x > 0, x > 0
