@@ -38,7 +38,7 @@ from fxopt.kernels._attention_sdpa import ABSORBING, causal, group_rows, repeat_
 from fxopt.kernels._flash_decode import MAX_DECODE_ROWS
 from fxopt.kernels._flash_parts import MAX_WIDTH as MAX_WIDTH
 from fxopt.kernels._triton import needs_gpu
-from fxopt.kernels.attention_training import attention_stats, unable
+from fxopt.kernels.attention_training import attention_stats, unable, unserved
 from fxopt.ops import Target, fused_op
 
 
@@ -128,16 +128,7 @@ def _beyond_sdpa(softcap: float | None, factor: Tensor | None) -> str | None:
 
 def _triton_unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
     """Why the Triton kernels can't serve these arguments."""
-    _, is_causal, empty_rows, _, sink, _, first, last = rest
-    bounded = first is not None or last is not None
-    partly = (bounded and _adds(mask)) or (bool(is_causal) and (bounded or mask is not None))
-    if empty_rows == "uniform" and sink is None and partly:
-        return "the Triton kernel averages rows that are empty over all keys, not over some"
-    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (q, k, v)):
-        return "the Triton kernel computes in float32"
-    if not known_true(q.shape[3] <= MAX_WIDTH) or not known_true(v.shape[3] <= MAX_WIDTH):
-        return f"the Triton kernel serves heads up to {MAX_WIDTH} wide"
-    return needs_gpu(target)
+    return unserved(q, k, v, mask, *rest) or needs_gpu(target)
 
 
 def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:

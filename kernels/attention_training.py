@@ -103,20 +103,31 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return v.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((2, *q.shape[:3]), dtype=wide)
 
 
-def unable(target: Target, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
-    """Why the Triton kernels can't serve these arguments, where they are run with gradients."""
-    mask, _, is_causal, empty_rows, _, sink, _, first, last = rest
+def unserved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> str | None:
+    """Why no Triton kernel, forward or backward, serves these arguments of `attention`, wherever they are."""
+    _, is_causal, empty_rows, _, sink, _, first, last = rest
+    bounded = first is not None or last is not None
+    adds = mask is not None and mask.dtype != torch.bool
+    if (
+        empty_rows == "uniform"
+        and sink is None
+        and ((bounded and adds) or (is_causal and (bounded or mask is not None)))
+    ):
+        return "the Triton kernel averages rows that are empty over all keys, not over some"
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in (q, k, v)):
         return "the Triton kernel computes in float32"
     if not known_true(q.shape[3] <= MAX_WIDTH) or not known_true(v.shape[3] <= MAX_WIDTH):
         return f"the Triton kernel serves heads up to {MAX_WIDTH} wide"
-    fills = mask is not None and mask.dtype == torch.bool
-    fills = fills or first is not None or last is not None
+    return None
+
+
+def unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> str | None:
+    """Why the Triton kernels can't serve these arguments, where they are run with gradients."""
+    _, _, empty_rows, _, sink, _, first, last = rest
+    fills = first is not None or last is not None or (mask is not None and mask.dtype == torch.bool)
     if sink is None and fills and empty_rows == "nan":
         return "rows that a fill empties have gradients that the Triton kernel does not give"
-    if sink is None and fills and empty_rows == "uniform" and (is_causal or (mask is not None and not fills)):
-        return "the Triton kernel averages rows that are empty over all keys, not over some"
-    return _triton.needs_gpu(replace(target, training=False))
+    return unserved(q, k, v, mask, *rest) or _triton.needs_gpu(replace(target, training=False))
 
 
 @attention_stats.implementation("triton", opaque=True, when=unable)

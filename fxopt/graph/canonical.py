@@ -104,12 +104,12 @@ def _numbers_first(graph: Graph, written: frozenset[int]) -> int:
     Dynamo reads them where they are used first, which is often later than a replacement has to stand.
     """
     moved = 0
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    for node in [n for op in _ITEMS for n in graph.find_nodes(op="call_function", target=op)]:
-        source = node.args[0]
-        if source.op == "placeholder" and node is not first and not storages(source) & written:
-            first.prepend(node)
-            moved += 1
+    items = {n for op in _ITEMS for n in graph.find_nodes(op="call_function", target=op)}
+    read = {n for n in items if n.args[0].op == "placeholder" and not storages(n.args[0]) & written}
+    first = next(node for node in graph.nodes if node.op != "placeholder" and node not in read)
+    for node in [n for n in graph.nodes if n in read and first < n]:
+        first.prepend(node)
+        moved += 1
     return moved
 
 

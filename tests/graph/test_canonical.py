@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 import fxopt
@@ -228,6 +230,21 @@ def test_numbers_are_read_off_the_inputs_first():
             torch.testing.assert_close(compiled(x, x + 1), model(x, x + 1))
     assert len(rec.graphs) == 1
     assert rec.counts() == {"rms_norm": 1}
+
+
+def test_numbers_that_are_first_already_stay_in_order():
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(name) for name in "abc"]
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+        for node in inputs:
+            node.meta["val"] = mode.from_tensor(torch.tensor(1.0))
+    items = [graph.call_function(aten.item.default, (node,)) for node in inputs]
+    for item in items:
+        item.meta["val"] = 1.0
+    graph.output(tuple(items))
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    assert canonicalise(module) == 0
+    assert [n for n in graph.nodes if n.op == "call_function"] == items
 
 
 def test_a_number_in_an_input_that_is_written_to_is_read_where_it_was():

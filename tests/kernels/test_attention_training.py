@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.backends.common
 
 from fxopt.kernels.attention import attention
-from fxopt.kernels.attention_training import attention_gradients, attention_stats
+from fxopt.kernels.attention_training import attention_gradients, attention_stats, unserved
 from fxopt.ops import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -241,3 +241,17 @@ def test_it_is_differentiated_by_aotautograd(dynamic):
         )
     called = [str(n.target) for g in graphs[:2] for n in g.graph.nodes if "fxopt" in str(n.target)]
     assert [name.split(".")[1] for name in called] == ["attention_stats", "attention_gradients"]
+
+
+def test_rows_that_are_averages_of_some_keys_only_are_not_for_the_kernels():
+    """Beside bounds an added mask leaves an empty row the keys outside of them; the kernels take all keys."""
+    q, bound, added = torch.randn(1, 2, 4, 16), torch.arange(4), torch.zeros(1, 1, 4, 4)
+    causal, free = (0.5, True, "uniform", None, None, None), (0.5, False, "uniform", None, None, None)
+    for mask, rest in (
+        (added, (*free, None, bound)),
+        (None, (*causal, None, bound)),
+        (added > 0, (*causal, None, None)),
+    ):
+        assert "over all keys" in unserved(q, q, q, mask, *rest)
+    assert unserved(q, q, q, None, *free, None, bound) is None
+    assert unserved(q, q, q, added, *free, None, None) is None
