@@ -61,18 +61,7 @@ def small_linear(
 
 
 @small_linear.fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float | None = None,
-    weight_offset: float = 0.0,
-    round_to: torch.dtype | None = None,
-    most_rows: int = 0,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
     y = weight.new_empty((*x.shape[:-1], weight.shape[0]))
     return y if residual is None else torch.empty_like(y + residual, memory_format=torch.contiguous_format)
 
@@ -153,26 +142,12 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 
 @small_linear.implementation("triton", opaque=True, when=_objection, pays=_pays, configs=_configs)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    norm_weight: Tensor | None,
-    eps: float | None,
-    weight_offset: float,
-    round_to: torch.dtype | None,
-    most_rows: int,
-    *,
-    config: Config | None = None,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *rest: Any, config: Config | None = None) -> Tensor:
+    bias, residual, activation, norm_weight, eps, weight_offset, _, _ = rest
     shape = (*x.shape[:-1], weight.shape[0])
     rows, (n, k) = x.numel() // max(x.shape[-1], 1), weight.shape
     if rows > TILE_ROWS or not rows * n * k:  # a dynamic number of rows can be anything
-        return small_linear.reference(
-            x, weight, bias, residual, activation, norm_weight, eps, weight_offset, round_to, most_rows
-        )
+        return small_linear.reference(x, weight, *rest)
     x = flat(x)
     added = x if residual is None else flat(residual.expand(shape))
     chosen = dict(config or guess(rows, k))
