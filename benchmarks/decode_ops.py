@@ -39,6 +39,7 @@ from fxopt.kernels.small_linear import small_linear
 from fxopt.ops import FusedOp, Target, spelled
 from fxopt.rewrite.evaluate import Promote
 from fxopt.tune import choose, key, session, store, timing
+from timing import copy_bandwidth
 
 MODES: dict[str, dict[str, Any] | None] = {
     "eager": None,
@@ -223,14 +224,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def bandwidth_of(device: torch.device, tiny: bool) -> float:
-    """Bytes a second of a large copy, read and written."""
-    source = torch.empty(2**20 if tiny else 2**30, dtype=torch.uint8, device=device).zero_()
-    pairs = [(torch.empty_like(source), source) for _ in range(2)]
-    (taken,) = timing.time_all([lambda to, given: to.copy_(given)], pairs, device)
-    return 2 * source.numel() / taken.seconds
-
-
 def tune(chosen: Sequence[Case], device: torch.device, until: float) -> list[str]:
     """Put the cases to the tuner, as a compiled decode step in a CUDA graph would; what it says of each."""
     target = Target(device, cuda_graphs=True)
@@ -276,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     given.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with torch.no_grad():
-        bandwidth = bandwidth_of(device, given.tiny)
+        bandwidth = copy_bandwidth(device, 2**20 if given.tiny else 2**30)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         report: dict[str, Any] = {
             "device": name,

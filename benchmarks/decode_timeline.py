@@ -26,6 +26,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from timing import copy_bandwidth
+
 MODES: dict[str, tuple[str, dict[str, Any]] | None] = {
     "eager": None,
     "inductor reduce-overhead": ("inductor", {"mode": "reduce-overhead"}),
@@ -175,15 +177,6 @@ def limits_of(model: Any, batch: int, used: int, bandwidth: float) -> dict[str, 
     return {"matmul": weights / bandwidth * 1e6, "attention": live / bandwidth * 1e6}
 
 
-def copy_bandwidth(device: torch.device, tiny: bool) -> float:
-    from fxopt.tune import timing
-
-    source = torch.zeros(2**20 if tiny else 2**30, dtype=torch.uint8, device=device)
-    pairs = [(torch.empty_like(source), source) for _ in range(2)]
-    (taken,) = timing.time_all([lambda to, given: to.copy_(given)], pairs, device)
-    return 2 * source.numel() / taken.seconds
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The report in words and a table."""
     lines = [
@@ -249,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device = torch.device(given.device)
     given.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        bandwidth = copy_bandwidth(device, given.tiny)
+        bandwidth = copy_bandwidth(device, 2**20 if given.tiny else 2**30)
         model = model_of(given.layers, device, given.tiny)
         bind = decode(model, given.batch, given.cache, given.used, device)
         limits = limits_of(model, given.batch, given.used, bandwidth)

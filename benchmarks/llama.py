@@ -133,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = arguments.cases
 
-    bandwidth, rate = copy_bandwidth(), matmul_rate()
+    bandwidth, rate = copy_bandwidth(torch.device("cuda")), matmul_rate()
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -89,6 +89,7 @@ def _step(  # type: ignore[no-untyped-def]
     the same score everywhere.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
+    CHUNK: tl.constexpr = 32
     depth = tl.arange(0, BLOCK_D)
     width = tl.arange(0, BLOCK_DV)
     at = tl.cast(start, tl.int64)
@@ -101,7 +102,12 @@ def _step(  # type: ignore[no-untyped-def]
     else:
         k_tile = tl.load(k_at) if D == BLOCK_D else tl.load(k_at, mask=(depth < D)[:, None], other=0.0)
         v_tile = tl.load(v_at) if DV == BLOCK_DV else tl.load(v_at, mask=(width < DV)[None, :], other=0.0)
-    s = tl.dot(q, k_tile, input_precision="ieee") * scale
+    if q.dtype == tl.float32 and BLOCK_D > CHUNK:  # in chunks, whose sums are added: what is added one by one drifts
+        q_chunks = tl.permute(tl.reshape(q, [q.shape[0], BLOCK_D // CHUNK, CHUNK]), (1, 0, 2))
+        k_chunks = tl.reshape(k_tile, [BLOCK_D // CHUNK, CHUNK, k_tile.shape[1]])
+        s = tl.sum(tl.dot(q_chunks, k_chunks, input_precision="ieee"), 0) * scale
+    else:
+        s = tl.dot(q, k_tile, input_precision="ieee") * scale
     if FACTOR:
         s *= factor.to(tl.float32)
     if CAP != 0:
@@ -122,7 +128,11 @@ def _step(  # type: ignore[no-untyped-def]
     origin = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2((s - origin[:, None]) * LOG2E)
     shrink = tl.exp2((top - origin) * LOG2E)
-    acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
+    product = tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
+    if v_tile.dtype == tl.float32:  # the tile's sum on its own: as the dot's accumulator, acc would take key by key
+        acc = tl.fma(acc, shrink[:, None], product)
+    else:
+        acc = acc * shrink[:, None] + product
     return new_top, weight * shrink + tl.sum(p, 1), acc
 
 

@@ -42,7 +42,7 @@ def filled(live, fill):
 
 def added(live, fill):
     def program(q, k, v, m):
-        mask = torch.zeros((), dtype=q.dtype).masked_fill(~live(*places(q, k), m, q, k), fill)
+        mask = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~live(*places(q, k), m, q, k), fill)
         return attend(q @ k.mT * 0.3 + mask, v)
 
     return program
