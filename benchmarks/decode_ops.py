@@ -74,20 +74,31 @@ def cases(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
     batches = (1, 3) if tiny else (1, 16, 4, 64)
     q, k = heads * lanes, kv * lanes
 
-    def qkv(b: int) -> tuple[Any, ...]:
-        return linear_triple.bind(x(b, 1, hidden), w(q, hidden), w(k, hidden), w(k, hidden), None, None, None,
-                                  x(hidden), *norm)  # fmt: skip
+    def before(b: int, hidden: int) -> tuple[Any, ...]:
+        return (x(hidden), *norm) if b == 1 else ()  # of several rows the norm has a launch of its own
 
-    def gate_up(b: int) -> tuple[Any, ...]:
+    def qkv(b: int, hidden: int, q: int, k: int) -> tuple[Any, ...]:
+        weights = w(q, hidden), w(k, hidden), w(k, hidden)
+        return linear_triple.bind(x(b, 1, hidden), *weights, None, None, None, *before(b, hidden))
+
+    def gate_up(b: int, hidden: int, inner: int) -> tuple[Any, ...]:
         weights = w(inner, hidden), w(inner, hidden)
-        return gated_linear.bind(x(b, 1, hidden), *weights, "silu", None, None, x(hidden), *norm)
+        return gated_linear.bind(x(b, 1, hidden), *weights, "silu", None, None, *before(b, hidden))
 
     def onto(b: int, n: int, width: int) -> tuple[Any, ...]:
         return small_linear.bind(x(b, 1, width), w(n, width), None, x(b, 1, n))
 
     def head(b: int) -> tuple[Any, ...]:
         vocabulary = 200 if tiny else 128256
-        return small_linear.bind(x(b, 1, hidden), w(vocabulary, hidden), None, None, None, x(hidden), *norm)
+        return small_linear.bind(x(b, 1, hidden), w(vocabulary, hidden), None, None, None, *before(b, hidden))
+
+    def layer(b: int, hidden: int, inner: int, q: int, k: int, slow: bool) -> Iterator[Case]:
+        normed = "norm, " if b == 1 else ""
+        yield Case("qkv", f"{normed}{b}x{hidden} -> {q}+{k}+{k}", linear_triple, lambda: qkv(b, hidden, q, k), slow)
+        shapes = f"{normed}{b}x{hidden} -> {inner}+{inner}, silu"
+        yield Case("gate_up", shapes, gated_linear, lambda: gate_up(b, hidden, inner), slow)
+        yield Case("o", f"{b}x{q} -> {hidden}, + residual", small_linear, lambda: onto(b, hidden, q), slow)
+        yield Case("down", f"{b}x{inner} -> {hidden}, + residual", small_linear, lambda: onto(b, hidden, inner), slow)
 
     def rope(b: int, length: int) -> tuple[Any, ...]:
         heads_of = x(b, length, q), x(b, length, k)  # as the projections leave them
@@ -100,15 +111,10 @@ def cases(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
         yield Case("rms_norm", f"{rows}x{columns} + residual", add_rms_norm,
                    lambda r=rows, c=columns: add_rms_norm.bind(x(r, c), x(r, c), x(c), *norm, dtype))  # fmt: skip
     for b in batches:
-        slow = b in batches[:2]
-        yield Case("qkv", f"norm, {b}x{hidden} -> {q}+{k}+{k}", linear_triple, lambda b=b: qkv(b), slow)
-        yield Case(
-            "gate_up", f"norm, {b}x{hidden} -> {inner}+{inner}, silu", gated_linear, lambda b=b: gate_up(b), slow
-        )
-        yield Case("o", f"{b}x{q} -> {hidden}, + residual", small_linear, lambda b=b: onto(b, hidden, q), slow)
-        yield Case(
-            "down", f"{b}x{inner} -> {hidden}, + residual", small_linear, lambda b=b: onto(b, hidden, inner), slow
-        )
+        yield from layer(b, hidden, inner, q, k, b in batches[:2])
+    for smaller in () if tiny else ((2048, 8192, 2048, 512), (896, 4864, 896, 128)):  # Llama 3.2 1B, Qwen 2.5 0.5B
+        for b in batches[:2]:
+            yield from layer(b, *smaller, False)
     for b, length in ((1, 1), (3, 1), (1, 2)) if tiny else ((1, 1), (16, 1), (1, 2048)):
         shapes = f"{b}x{heads}+{kv}x{length}x{lanes}"
         yield Case("rotary", shapes, rotary_pair, lambda b=b, n=length: rope(b, n))
@@ -116,8 +122,10 @@ def cases(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
         yield Case("gated_mlp", f"{rows}x{inner}, silu", gated_activation,
                    lambda r=rows: gated_activation.bind(x(r, inner), x(r, inner), "silu"))  # fmt: skip
     for b in batches[:2]:
-        yield Case("head", f"norm, {b}x{hidden} -> vocabulary", small_linear, lambda b=b: head(b), False)
-    yield Case("rms_norm", f"1x{hidden}", rms_norm, lambda: rms_norm.bind(x(1, hidden), x(hidden), *norm, dtype), False)
+        normed = "norm, " if b == 1 else ""
+        yield Case("head", f"{normed}{b}x{hidden} -> vocabulary", small_linear, lambda b=b: head(b), False)
+        yield Case("rms_norm", f"{b}x{hidden}", rms_norm,
+                   lambda b=b: rms_norm.bind(x(b, 1, hidden), x(hidden), *norm, dtype), False)  # fmt: skip
 
 
 def moved(args: Sequence[Any], result: Any) -> int:

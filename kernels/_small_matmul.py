@@ -4,6 +4,9 @@
     up to 64 rows     one tile of tensor-core products; SWAP puts the weight on the left, where Hopper's instruction
                       takes 64 rows, and x on the right, where it takes 8 or more
 
+An RMSNorm before the product is taken in for one row. Of several rows every program would compute it anew, which costs
+more than its launch: on an H200, gate and up of Llama 3 8B with 16 rows took 90 µs so, Inductor with the norm apart 66.
+
 The weight is read once and from far away: its loads are pipelined (`tl.range(num_stages=)` does that for loads which
 feed no dot too) and evicted first. x is read by every program and stays in the L2 cache.
 
@@ -33,29 +36,15 @@ TILE_ROWS = 64
 
 
 @jit
-def row_scale(x, rows, k, x_row, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """1 / sqrt(mean(x²) + eps) of each row, in float32."""
-    row = tl.arange(0, BLOCK_M)
-    inner = tl.arange(0, BLOCK_K)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        live = (row < rows)[:, None] & (start + inner < k)[None, :]
-        given = tl.load(x + row[:, None] * x_row + start + inner[None, :], mask=live, other=0.0).to(tl.float32)
-        squares += given * given
-    return tl.rsqrt(tl.sum(squares, 1) / tl.cast(k, tl.float32) + eps)
-
-
-@jit
 def product(  # type: ignore[no-untyped-def]
     x, w, norm, rows, n, k, first, last, x_row, stride, output, eps, offset,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr,
-    DOT: tl.constexpr, SWAP: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N]: all rows of x, columns `first` to `last`, times the rows `output` of w, in float32.
 
-    With NORM, x is RMS-normed first, by `offset + norm` if WEIGHTED. Where a single program sees a row as a whole
-    (WHOLE) the norm's factor is taken out of the sum, so that x is read once.
+    With NORM, x, which is one row then, is RMS-normed first, by `offset + norm` if WEIGHTED; the norm's factor is taken
+    out of the sum, so that x is read once.
     """
     row = tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_K)
@@ -63,19 +52,11 @@ def product(  # type: ignore[no-untyped-def]
     weight = w + output.to(tl.int64)[:, None] * stride + inner[None, :]
     if DOT:
         source = x + row[:, None] * x_row + inner[None, :]
-        if NORM:
-            scale = row_scale(x, rows, k, x_row, eps, BLOCK_M, BLOCK_K)
         total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
             inside = start + inner < last
             part = tl.load(weight + start, mask=kept & inside[None, :], other=0.0, eviction_policy="evict_first")
             given = tl.load(source + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-            if NORM:
-                wide = given.to(tl.float32) * scale[:, None]
-                if WEIGHTED:
-                    factor = tl.load(norm + start + inner, mask=inside, other=0.0).to(tl.float32) + offset
-                    wide = wide * factor[None, :]
-                given = wide.to(given.dtype)
             if SWAP:
                 total = tl.dot(part, tl.trans(given), total, input_precision="ieee")
             else:
@@ -95,19 +76,19 @@ def product(  # type: ignore[no-untyped-def]
             products += part.to(tl.float32) * given[None, :]
         result = tl.sum(products, 1)[None, :]
         if NORM:
-            if WHOLE:
-                scale = tl.rsqrt(tl.sum(squares, 0) / tl.cast(k, tl.float32) + eps)
-            else:
-                scale = tl.sum(row_scale(x, rows, k, x_row, eps, BLOCK_M, BLOCK_K), 0)
+            scale = tl.rsqrt(tl.sum(squares, 0) / tl.cast(k, tl.float32) + eps)
             # A mean that overflowed makes the factor 0, and 0 of a sum that did too is 0.
             result = tl.where(scale == 0.0, 0.0, result * scale)
     return result
 
 
-def objection(target: Target, x: Tensor, weights: tuple[Tensor, ...], rows: int) -> str | None:
-    """Why kernels for few rows can't serve x [..., K] with these weights [N, K], or None."""
+def objection(target: Target, x: Tensor, weights: tuple[Tensor, ...], normed: bool) -> str | None:
+    """Why kernels for few rows can't serve x [..., K], RMS-normed first or not, with these weights [N, K], or None."""
+    rows = rows_of(x)
     if rows > TILE_ROWS:
         return f"the Triton kernel takes up to {TILE_ROWS} rows; there are {rows}"
+    if normed and rows > 1:
+        return f"the Triton kernel norms one row; there are {rows}"
     if found := _triton.needs_gpu(target):
         return found
     if x.dtype not in DTYPES or any(w.dtype != x.dtype for w in weights):
@@ -116,6 +97,16 @@ def objection(target: Target, x: Tensor, weights: tuple[Tensor, ...], rows: int)
         return "the Triton kernel is specialised on the weights' shapes, which are dynamic here"
     if any(w.stride(-1) != 1 for w in weights):
         return "the Triton kernel reads weights row by row, and these are transposed in memory"
+    return None
+
+
+def pays(target: Target, x: Tensor, *rest: Any) -> str | None:
+    """Why one launch is not believed to pay for layers of x, or None; `most_rows` is the op's last argument."""
+    rows, most = rows_of(x), rest[-1]
+    if most:
+        return None if rows <= most else f"the Triton kernel was asked for up to {most} rows; there are {rows}"
+    if not target.cuda_graphs:
+        return "outside of CUDA graphs its launch from Python costs the host more than the GPU is believed to save"
     return None
 
 
@@ -130,11 +121,22 @@ def flat(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def guess(rows: int, k: int) -> dict[str, int]:
-    """How to launch for so many rows where nothing was measured."""
+def served(x: Tensor, normed: bool) -> bool:
+    """Whether the kernels take these rows as they are at run time: a dynamic number of them can be anything."""
+    return 0 < x.numel() <= (1 if normed else TILE_ROWS) * x.shape[-1]
+
+
+def guess(rows: int, n: int, k: int, itemsize: int, *, split: bool = True) -> dict[str, int]:
+    """How to launch for so many rows, and weights of `n` rows in all, where nothing was measured: what did best on an
+    H200 for the layers of Llama 3 8B (docs/measurements.md)."""
     if rows == 1:
-        return {"BLOCK_N": 8, "BLOCK_K": min(512, columns(k)), "SPLIT": 1, "SWAP": 0, "STAGES": 3, "num_warps": 4}
-    return {"BLOCK_N": 32, "BLOCK_K": min(128, columns(k)), "SPLIT": 1, "SWAP": 0, "STAGES": 3, "num_warps": 4}
+        return _config(8, min(512, columns(k)), 1, 0, 3, 4)
+    if itemsize > 2:
+        return _config(32, min(128, columns(k)), 1, 0, 3, 4)
+    if rows > 32:
+        return _config(32, min(128, columns(k)), 1, 0, 5, 4)
+    parts = 2 if split and n <= 64 * 64 and k >= 4096 else 1
+    return _config(64, min(128, columns(k)), parts, 1, 5, 4)
 
 
 def configs(rows: int, n: int, k: int, *, split: bool = True) -> Iterator[dict[str, int]]:

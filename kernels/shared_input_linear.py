@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, product, rows_of
+from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, served
 from fxopt.kernels._triton import CompileExample, jit, tl
 from fxopt.kernels.gated_mlp import activate, gated_activation
 from fxopt.ops import Config, Target, fused_op
@@ -56,7 +56,8 @@ def linear_pair(
     """Two linear layers of `x` [..., K] with weights [N_i, K] and biases [N_i].
 
     With `eps`, x is RMS-normed first: `norm_weight`, `eps`, `weight_offset` and `round_to` are those of `rms_norm`, and
-    its result has the weights' dtype. `most_rows` is the number of rows up to which the kernel is believed to pay.
+    its result has the weights' dtype. `most_rows` is the number of rows up to which the kernel is to be used,
+    0: where it is believed to pay.
     """
     x = _normed(x, w0, norm_weight, eps, weight_offset, round_to)
     return F.linear(x, w0, b0), F.linear(x, w1, b1)
@@ -137,12 +138,7 @@ def _objection(target: Target, x: Tensor, weights: Sequence[Tensor], rest: Seque
     """Why the kernel can't serve these arguments, or None."""
     if any(isinstance(t, Tensor) and t.dtype != x.dtype for t in rest):
         return "the Triton kernel takes operands of one dtype"
-    return _small_matmul.objection(target, x, tuple(weights), rows_of(x))
-
-
-def _pays(target: Target, x: Tensor, *rest: Any) -> str | None:
-    most, rows = rest[-1], rows_of(x)
-    return None if rows <= most else f"one launch for all is believed to pay up to {most} rows; there are {rows}"
+    return _small_matmul.objection(target, x, tuple(weights), rest[-4] is not None)
 
 
 def _of_pair(target: Target, x: Tensor, w0: Tensor, w1: Tensor, *rest: Any) -> str | None:
@@ -179,11 +175,11 @@ def _gated_linear_kernel(  # type: ignore[no-untyped-def]
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gate = product(
         x, w0, norm, rows, n, k, 0, k, x_row, s0, output, eps, offset,
-        NORM, WEIGHTED, True, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        NORM, WEIGHTED, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
     )  # fmt: skip
     up = product(
         x, w1, norm, rows, n, k, 0, k, x_row, s1, output, eps, offset,
-        NORM, WEIGHTED, True, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        NORM, WEIGHTED, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
     )  # fmt: skip
     kind: tl.constexpr = y.dtype.element_ty
     gate = _biased(gate, b0, output, n, BIAS0).to(kind).to(tl.float32)  # as the layers round them
@@ -213,17 +209,12 @@ def _shared_linear_kernel(  # type: ignore[no-untyped-def]
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     total = product(
         x, w, norm, rows, n, k, 0, k, x_row, stride, output, eps, offset,
-        NORM, WEIGHTED, True, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        NORM, WEIGHTED, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
     )  # fmt: skip
     total = _biased(total, b, output, n, biased)
     row = tl.arange(0, BLOCK_M)
     live = (row < rows)[:, None] & (output < n)[None, :]
     tl.store(y + row[:, None] * n + output[None, :], total.to(y.dtype.element_ty), mask=live)
-
-
-def _fits(x: Tensor) -> bool:
-    """Whether the kernel takes so many rows: a dynamic number of them can be anything."""
-    return 0 < x.numel() <= TILE_ROWS * x.shape[-1]
 
 
 def _norm_arguments(x: Tensor, norm: Sequence[Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -245,7 +236,8 @@ def _launch(
 ) -> list[Tensor]:
     source = flat(x)
     rows, k = source.shape
-    chosen = dict(config or guess(rows, k))
+    wide = sum(w.shape[0] for w in weights)
+    chosen = dict(config or guess(rows, wide, k, x.dtype.itemsize, split=False))
     values = constants(rows, chosen)
     outs = [x.new_empty((rows, w.shape[0])) for w in weights]
     blocks = [_triton.ceil_div(w.shape[0], values["BLOCK_N"]) for w in weights]
@@ -262,31 +254,31 @@ def _launch(
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
-@linear_pair.implementation("triton", opaque=True, when=_of_pair, pays=_pays, configs=_configs)
+@linear_pair.implementation("triton", opaque=True, when=_of_pair, pays=pays, configs=_configs)
 def _(x: Tensor, w0: Tensor, w1: Tensor, *rest: Any, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    if not _fits(x):
+    if not served(x, rest[-4] is not None):
         return linear_pair.reference(x, w0, w1, *rest)
     first, second = _launch(x, (w0, w1), rest[:2], rest[2:6], config)
     return first, second
 
 
-@linear_triple.implementation("triton", opaque=True, when=_of_triple, pays=_pays, configs=_configs)
+@linear_triple.implementation("triton", opaque=True, when=_of_triple, pays=pays, configs=_configs)
 def _(
     x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, *rest: Any, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _fits(x):
+    if not served(x, rest[-4] is not None):
         return linear_triple.reference(x, w0, w1, w2, *rest)
     first, second, third = _launch(x, (w0, w1, w2), rest[:3], rest[3:7], config)
     return first, second, third
 
 
-@gated_linear.implementation("triton", opaque=True, when=_of_gated, pays=_pays, configs=_configs)
+@gated_linear.implementation("triton", opaque=True, when=_of_gated, pays=pays, configs=_configs)
 def _(x: Tensor, gate: Tensor, up: Tensor, activation: str, *rest: Any, config: Config | None = None) -> Tensor:
-    if not _fits(x):
+    if not served(x, rest[-4] is not None):
         return gated_linear.reference(x, gate, up, activation, *rest)
     source = flat(x)
     rows, k = source.shape
-    chosen = dict(config or guess(rows, k))
+    chosen = dict(config or guess(rows, 2 * gate.shape[0], k, x.dtype.itemsize, split=False))
     values = constants(rows, chosen)
     out = x.new_empty((rows, gate.shape[0]))
     factor, normed = _norm_arguments(source, rest[2:6])
@@ -310,7 +302,7 @@ def _example(name: str, dtype: str, rows: int, norm: bool = False, **config: int
     signature = dict.fromkeys(names, f"*{dtype}") | {"rows": "i32", "eps": "fp32", "offset": "fp32"}
     signature |= dict.fromkeys(("n0", "n1", "n2", "k", "x_row", "s0", "s1", "s2"), "i32:16")
     signature |= dict.fromkeys(("blocks0", "blocks1"), "i32")
-    chosen = guess(rows, 4096) | config
+    chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
     values = {"BIAS0": 1, "BIAS1": 0, "BIAS2": 1, "NORM": norm, "WEIGHTED": norm, **constants(rows, chosen)}
     return CompileExample(name, _shared_linear_kernel, signature, values, num_warps=chosen["num_warps"])
 
@@ -318,8 +310,8 @@ def _example(name: str, dtype: str, rows: int, norm: bool = False, **config: int
 def _gated_example(name: str, dtype: str, rows: int, **config: int) -> CompileExample:
     signature = dict.fromkeys(("x", "norm", "w0", "w1", "b0", "b1", "y"), f"*{dtype}") | {"rows": "i32"}
     signature |= dict.fromkeys(("n", "k", "x_row", "s0", "s1"), "i32:16") | {"eps": "fp32", "offset": "fp32"}
-    chosen = guess(rows, 4096) | config
-    ends = {"BIAS0": 0, "BIAS1": 0, "ACTIVATION": "silu", "NORM": True, "WEIGHTED": True}
+    chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
+    ends = {"BIAS0": 0, "BIAS1": 0, "ACTIVATION": "silu", "NORM": rows == 1, "WEIGHTED": rows == 1}
     return CompileExample(
         name, _gated_linear_kernel, signature, ends | constants(rows, chosen), num_warps=chosen["num_warps"]
     )
@@ -328,7 +320,7 @@ def _gated_example(name: str, dtype: str, rows: int, **config: int) -> CompileEx
 COMPILE_EXAMPLES = (
     () if tl is None else (
         _example("one row", "bf16", 1), _example("one row, normed", "bf16", 1, norm=True, STAGES=3),
-        _example("16 rows, normed", "bf16", 16, norm=True),
+        _example("16 rows", "bf16", 16),
         _example("64 rows", "fp16", 64, BLOCK_N=64, BLOCK_K=64, SWAP=1), _example("4 rows in float32", "fp32", 4),
         _gated_example("gated, one row", "bf16", 1), _gated_example("gated, 64 rows", "bf16", 64),
         _gated_example("gated, 8 rows, the weight on the left", "bf16", 8, BLOCK_N=64, SWAP=1),

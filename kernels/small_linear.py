@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, product, rows_of
+from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, served
 from fxopt.kernels._triton import CompileExample, jit, tl
 from fxopt.kernels.gated_mlp import ACTIVATIONS, activate
 from fxopt.ops import Config, Target, fused_op
@@ -48,7 +48,8 @@ def small_linear(
 
     With `eps`, x is RMS-normed first: `norm_weight`, `eps`, `weight_offset` and `round_to` are those of `rms_norm`, and
     the result has the weight's dtype. `activation` is one of `ACTIVATIONS` or None. `most_rows` is the number of rows
-    up to which the kernel is believed to pay. Raises ValueError for an activation of another name.
+    up to which the kernel is to be used, 0: where it is believed to pay. Raises ValueError for an activation of another
+    name.
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"no activation is called {activation!r}; there are {', '.join(ACTIVATIONS)}")
@@ -67,17 +68,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *
 
 
 def _objection(target: Target, x: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    bias, residual, _, norm_weight, *_ = rest
+    bias, residual, _, norm_weight, eps, *_ = rest
     if any(t is not None and t.dtype != x.dtype for t in (bias, residual, norm_weight)):
         return "the Triton kernel takes operands of one dtype"
     if residual is not None and residual.dim() != x.dim():
         return "the Triton kernel takes a residual of the result's shape"
-    return _small_matmul.objection(target, x, (weight,), rows_of(x))
-
-
-def _pays(target: Target, x: Tensor, *rest: Any) -> str | None:
-    most, rows = rest[-1], rows_of(x)
-    return None if rows <= most else f"the Triton kernel is believed to pay up to {most} rows; there are {rows}"
+    return _small_matmul.objection(target, x, (weight,), eps is not None)
 
 
 def _configs(x: Tensor, weight: Tensor, *rest: Any) -> Iterable[Config]:
@@ -115,7 +111,7 @@ def _small_linear_kernel(  # type: ignore[no-untyped-def]
     first = part * span
     total = product(
         x, w, norm, rows, n, k, first, min(first + span, k), x_row, stride, output, eps, offset,
-        NORM, WEIGHTED, SPLIT == 1, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        NORM, WEIGHTED, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
     )  # fmt: skip
     row = tl.arange(0, BLOCK_M)
     live = (row < rows)[:, None] & (output < n)[None, :]
@@ -141,17 +137,17 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     _ended(total, b, r, y, row, output, live, n, r_row, BIAS, ACTIVATION, RESIDUAL)
 
 
-@small_linear.implementation("triton", opaque=True, when=_objection, pays=_pays, configs=_configs)
+@small_linear.implementation("triton", opaque=True, when=_objection, pays=pays, configs=_configs)
 def _(x: Tensor, weight: Tensor, *rest: Any, config: Config | None = None) -> Tensor:
     bias, residual, activation, norm_weight, eps, weight_offset, _, _ = rest
     shape = (*x.shape[:-1], weight.shape[0])
     rows, (n, k) = x.numel() // max(x.shape[-1], 1), weight.shape
-    if rows > TILE_ROWS or not rows * n * k:  # a dynamic number of rows can be anything
+    if not n or not served(x, eps is not None):
         return small_linear.reference(x, weight, *rest)
     x = flat(x)
     added = x if residual is None else flat(residual.expand(shape))
-    chosen = dict(config or guess(rows, k))
-    values, split = constants(rows, chosen), chosen["SPLIT"]
+    chosen = dict(config or guess(rows, n, k, x.dtype.itemsize))
+    values, split = constants(rows, chosen), chosen["SPLIT"] if rows > 1 else 1  # the norm is of the row as a whole
     y = x.new_empty((rows, n))
     sums = y if split == 1 else x.new_empty((split, rows, n), dtype=torch.float32)
     span = _triton.ceil_div(_triton.ceil_div(k, split), values["BLOCK_K"]) * values["BLOCK_K"]
@@ -179,8 +175,8 @@ def _example(name: str, dtype: str, rows: int, **config: int) -> CompileExample:
     signature = dict.fromkeys(("x", "norm", "w", "b", "r", "y"), f"*{dtype}") | {"rows": "i32", "sums": "*fp32"}
     signature |= dict.fromkeys(("n", "k", "span", "x_row", "stride", "r_row"), "i32:16")
     signature |= {"eps": "fp32", "offset": "fp32"}
-    chosen = guess(rows, 4096) | config
-    ends = {"NORM": True, "WEIGHTED": True, "BIAS": True, "ACTIVATION": "silu", "RESIDUAL": True}
+    chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2) | config
+    ends = {"NORM": rows == 1, "WEIGHTED": rows == 1, "BIAS": True, "ACTIVATION": "silu", "RESIDUAL": True}
     values = {**ends, "SPLIT": chosen["SPLIT"], **constants(rows, chosen)}
     return CompileExample(name, _small_linear_kernel, signature, values, num_warps=chosen["num_warps"])
 

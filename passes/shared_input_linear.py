@@ -37,8 +37,8 @@ class FuseSharedInputLinear(Fusion):
 
     Two that end in a gated activation become fxopt::gated_linear(x, gate, up, act) together with it, and an RMSNorm
     that only they read is taken in. For few rows, at most 64: what is saved then are launches, and the tails of their
-    grids. With `most_rows` None that is done where the tuner measured that it pays (or is about to: tune="full"); a
-    number sets the limit by hand: `fxopt.register(FuseSharedInputLinear(most_rows=16))`.
+    grids. With `most_rows` None that is done where it was measured to pay (or is about to be: tune="full"), or is
+    believed to: in CUDA graphs. A number sets the limit by hand: `fxopt.register(FuseSharedInputLinear(most_rows=16))`.
     """
 
     most_rows: int | None = None

@@ -40,7 +40,8 @@ class FuseSmallLinear(Fusion):
 
     For few rows, at most 64. The norm is taken in where only this layer reads it, an activation and a residual add
     where they alone read the layer. A norm that has taken the add already gives it back. With `most_rows` None that is
-    done where the tuner measured that it pays (or is about to: tune="full"); a number sets the limit by hand.
+    done where a launch was measured to pay (or is about to be: tune="full"), or is believed to: in CUDA graphs. A
+    number sets the limit by hand.
 
     Layers that share their input are left to shared_input_linear.
     """

@@ -8,7 +8,8 @@ An op takes part by what it declares (`fxopt.ops`): implementations whose `when`
 with its own guess at a configuration and with those that its `configs` names. A candidate that computes something else
 than the reference is never timed. Timing is in `fxopt.tune.timing`, what is remembered in `fxopt.tune.store`.
 
-A fusion that is worth it only where some kernel is faster asks `may_pay` before it rewrites.
+A fusion that is worth it only where some kernel is faster asks `may_pay` before it rewrites: what was measured answers,
+else what its implementations say of themselves (`pays`).
 """
 
 from fxopt.tune.choice import Chosen as Chosen

@@ -55,23 +55,25 @@ def choose(op: FusedOp, target: Target, fakes: Sequence[Any]) -> Chosen:
 
 
 def may_pay(op: FusedOp, *fakes: Any) -> bool:
-    """Whether a fusion that makes this call may gain by it: an opaque implementation was measured to be the best here.
+    """Whether a fusion that makes this call may gain by it: an opaque implementation is measured or believed to pay.
 
     With tune="full" also where nothing was measured yet and there is such an implementation: lowering will measure it.
     `fakes` are the call's arguments as fake tensors and numbers. To be asked while a graph is being compiled.
     """
     wanted = current()
     target = replace(wanted.target, device=next(f.device for f in tree_leaves(fakes) if isinstance(f, Tensor)))
-    if wanted.mode == "off" or target.training:
-        return False
     args = op.bind(*fakes)
+    if target.training or not any(i.opaque and i.unfit(target, *args) is None for i in op.implementations):
+        return False
+    believed = op.select(target, *args)[0].opaque
+    if wanted.mode == "off":
+        return believed
     metas = key.concrete(args)
     found = candidates(op, target, args, metas)
-    if not any(candidate.implementation.opaque for candidate in found):
-        return False
     entry = store.load(key.signature(key.describe(op, target, metas, wanted.inductor)))
     if entry is None:
-        return wanted.objection() is None
+        opaque = any(candidate.implementation.opaque for candidate in found)
+        return believed or (opaque and wanted.objection() is None)
     chosen = _match(entry, found)
     return chosen is not None and chosen.implementation.opaque
 

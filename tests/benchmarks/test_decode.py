@@ -89,7 +89,7 @@ def test_the_cases_are_those_that_a_compiled_llama_asks_the_tuner_for(without_in
         for fusion in fusions:
             fxopt.unregister(fusion.name)
     known = {kinds(case.op, case.make()) for case in decode_ops.cases("cpu", torch.bfloat16, tiny=True)}
-    assert len({name for name, *_ in asked}) == 5
+    assert len({name for name, *_ in asked}) == 6
     assert {entry for entry in asked if entry[0] != "attention"} <= known
 
 

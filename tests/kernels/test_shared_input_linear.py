@@ -19,7 +19,7 @@ def case(rows, k, widths, dtype, device, biased=True):
 
 
 def with_norm(args):
-    """The same with an RMSNorm before the layers, as Llama rounds."""
+    """The same with an RMSNorm before the layers, as Llama rounds; of several rows it isn't the kernel's."""
     x, *rest = args
     return x, *rest[:-5], torch.randn(x.shape[-1], device=x.device).to(x.dtype), 1e-5, 0.0, x.dtype, 64
 
@@ -112,7 +112,10 @@ CUDA = Target(torch.device("cuda"))
     (CUDA, 4, 16, {}, None),
     (CUDA, 17, 16, {}, "up to 16 rows; there are 17"),
     (CUDA, 65, 999, {}, "up to 64 rows; there are 65"),
-    (CUDA, 4, 0, {}, "up to 0 rows"),
+    (CUDA, 4, 0, {}, "outside of CUDA graphs"),
+    (Target(torch.device("cuda"), cuda_graphs=True), 4, 0, {}, None),
+    (CUDA, 4, 16, {-4: 1e-5}, "norms one row; there are 4"),
+    (CUDA, 1, 16, {-4: 1e-5}, None),
     (Target(torch.device("cpu")), 4, 16, {}, "CUDA device"),
     (Target(torch.device("cuda"), training=True), 4, 16, {}, "no backward"),
     (CUDA, 4, 16, {1: torch.randn(8, 6).t()}, "transposed in memory"),
@@ -120,7 +123,7 @@ CUDA = Target(torch.device("cuda"))
 ])  # fmt: skip
 def test_which_implementation_serves_where(target, rows, most, change, reason):
     op, args = case((rows,), 8, (6, 8), F32, "cpu")
-    args = [change.get(i, a) for i, a in enumerate((*args[:-1], most))]
+    args = [change.get(i, change.get(i - len(args), a)) for i, a in enumerate((*args[:-1], most))]
     implementation, passed_over = op.select(target, *args)
     assert implementation.name == ("decomposed" if reason else "triton")
     assert all(reason in objection for _, objection in passed_over)

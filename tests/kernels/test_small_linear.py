@@ -1,5 +1,7 @@
 """A linear layer of few rows: every part and configuration against float64, odd sizes, strides, hostile values."""
 
+import math
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def case(rows, n, k, dtype, device, parts=PARTS[:4], scale=1.0):
     def make(*shape):
         return torch.randn(*shape, device=device).to(dtype)
 
-    norm = next((part for part in parts if "norm" in part), None)
+    norm = next((part for part in parts if "norm" in part and math.prod(rows) == 1), None)  # several rows keep it apart
     return (
         make(*rows, k) * scale, make(n, k) / 4, make(n) if "bias" in parts else None,
         make(*rows, n) if "residual" in parts else None, "gelu_tanh" if "activation" in parts else None,
@@ -60,7 +62,7 @@ def test_every_part_alone(check, triton_device, part, rows):
 @pytest.mark.parametrize("rows", [1, 3, 17])
 def test_every_configuration(check, triton_device, rows):
     args = case((rows,), 100, 600, BF16, triton_device)
-    configs = [*_small_matmul.configs(rows, 100, 600), *({**c, "SPLIT": 4} for c in [_small_matmul.guess(rows, 600)])]
+    configs = [*_small_matmul.configs(rows, 100, 600), _small_matmul.guess(rows, 100, 600, 2) | {"SPLIT": 4}]
     assert any(c["SPLIT"] > 1 for c in configs)
     for config in configs:
         check(args, config)
@@ -86,6 +88,12 @@ def test_zero_sizes(triton_device, rows, n, k):
 @pytest.mark.parametrize("dtype, scale", [(F16, 200.0), (BF16, 1e15), (F32, 1e15), (BF16, 1e-15), (F32, 1e30)])
 def test_huge_and_tiny_inputs_of_the_norm(check, triton_device, dtype, scale, rows):
     check(case(rows, 24, 80, dtype, triton_device, ("norm",), scale))
+
+
+def test_a_norm_of_several_rows_is_computed_apart(check, triton_device):
+    """A dynamic number of rows is known to the kernel only."""
+    x, w, bias, residual, activation, *norm = case((1,), 20, 33, F32, triton_device)
+    check((x.expand(3, 33) * torch.randn(3, 1), w, bias, residual.expand(3, 20), activation, *norm))
 
 
 def test_infinite_rows_stay_apart(triton_device):
@@ -114,7 +122,11 @@ CUDA = Target(torch.device("cuda"))
     (CUDA, 4, 16, {}, None),
     (CUDA, 17, 16, {}, "up to 16 rows; there are 17"),
     (CUDA, 65, 999, {}, "up to 64 rows; there are 65"),
-    (CUDA, 4, 0, {}, "up to 0 rows"),
+    (CUDA, 4, 0, {}, "outside of CUDA graphs"),
+    (Target(torch.device("cuda"), cuda_graphs=True), 4, 0, {}, None),
+    (Target(torch.device("cuda"), cuda_graphs=True), 4, 3, {}, "up to 3 rows; there are 4"),
+    (CUDA, 4, 16, {6: 1e-5}, "norms one row; there are 4"),
+    (CUDA, 1, 16, {6: 1e-5}, None),
     (Target(torch.device("cpu")), 4, 16, {}, "CUDA device"),
     (Target(torch.device("cuda"), training=True), 4, 16, {}, "no backward"),
     (CUDA, 4, 16, {1: torch.randn(8, 6).t()}, "transposed in memory"),
@@ -123,7 +135,7 @@ CUDA = Target(torch.device("cuda"))
     (CUDA, 4, 16, {3: torch.randn(6)}, "residual of the result's shape"),
 ])  # fmt: skip
 def test_which_implementation_serves_where(target, rows, most, change, reason):
-    args = [*case((rows,), 6, 8, F32, "cpu")[:-1], most]
+    args = [*case((rows,), 6, 8, F32, "cpu", PARTS[:3])[:-1], most]
     args = [change.get(i, a) for i, a in enumerate(args)]
     implementation, passed_over = small_linear.select(target, *args)
     assert implementation.name == ("decomposed" if reason else "triton")
