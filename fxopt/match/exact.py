@@ -9,6 +9,7 @@ is narrower. No guard is added: where a comparison would need one, the match is 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,14 +19,15 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from fxopt.compat import NewGuardError, no_new_guards
 from fxopt.graph.query import faking, is_tensor, val, widens
 from fxopt.graph.symbols import is_static, same_shape
-from fxopt.match.matcher import Found, read_pattern
+from fxopt.match.matcher import Found, last_calls, read_pattern
 from fxopt.match.miss import Miss
 from fxopt.match.pattern import CAST, ONE_OF, UPCAST, Pattern, alternatives, at_least_float32, optional_cast
-from fxopt.match.spelling import DIMENSIONS, REDUCTIONS, canonical_attribute, read
+from fxopt.match.spelling import DIMENSIONS, REDUCTIONS, canonical_attribute, origin, read
 
 #: attributes that hold sizes of the model: compared by their number, and taken from the graph when the pattern is run
 _SIZES = {"normalized_shape"}
@@ -71,6 +73,29 @@ def difference(pattern: Pattern, found: Found) -> Miss | None:
         at = found.pairs.get(node) or found.at(pattern.root)
         return Miss(f"the pattern's {node.name} can't be run on these values: {error}", at, found.progress)
     return None
+
+
+def share(pattern: Pattern, found: Found) -> float:
+    """How much of the pattern is there, 0 to 1: nodes with the pattern's attributes, of those of its smallest form.
+
+    What a value is used for says most about it (a sum of squares is a norm where something is divided by its root), so
+    the last step to the first output counts twice.
+    """
+    alike = {node for node, graph_node in found.pairs.items() if not _attributes_differ(node, graph_node)}
+    return min(1.0, (len(alike) + bool(alike & last_calls(pattern.root))) / (len(_smallest(pattern.root)) + 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def _smallest(p: Any) -> frozenset[Node]:
+    """The calls at and below pattern value `p`, where each alternative is the one of the fewest."""
+    p = origin(p)
+    if not isinstance(p, Node) or p.op == "placeholder":
+        return frozenset()
+    if p.target is ONE_OF:
+        return min(map(_smallest, alternatives(p)[2]), key=len)
+    if p.target is CAST:
+        return _smallest(optional_cast(p)[1])
+    return frozenset({p}).union(*map(_smallest, filter(is_tensor, tree_leaves(read_pattern(p).operands))))
 
 
 def _run_all(pattern: Pattern, found: Found, mode: Any) -> _Run:

@@ -29,6 +29,9 @@ from fxopt.match.spelling import Call, consumers, origin, read, sources
 #: graph nodes tried as the pattern's first output from one anchor, outermost first
 MAX_ROOTS = 32
 
+#: graph nodes looked at for the pattern's last call, where nothing right above continues the pattern
+MAX_BEYOND = 16
+
 
 #: `spelling.read` and `spelling.consumers` of a pattern's nodes, which never change
 read_pattern = functools.lru_cache(maxsize=4096)(read)
@@ -40,6 +43,15 @@ def _above(p: Node) -> tuple[Call, ...]:
 
 
 _origin = functools.lru_cache(maxsize=4096)(origin)
+
+
+@functools.lru_cache(maxsize=4096)
+def last_calls(p: Node) -> frozenset[Node]:
+    """The calls that pattern value `p` can be the result of: one an alternative."""
+    p = origin(p)
+    if p.target is ONE_OF:
+        return frozenset().union(*map(last_calls, alternatives(p)[2]))
+    return last_calls(optional_cast(p)[1]) if p.target is CAST else frozenset({p})
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,12 @@ class Found:
 
 
 class Matcher:
-    """One search for `pattern` around one anchor. `best` is the failure that got farthest."""
+    """One search for `pattern` around one anchor. `best` is the failure that got farthest, `farthest` how far."""
 
     def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
         self.best: Miss | None = None
+        self.farthest = Found()
         self._names = {node: name for name, node in pattern.variables.items()}
         self._calls: dict[Node, Call] = {}
         self._above: dict[Node, list[Call]] = {}
@@ -122,6 +135,7 @@ class Matcher:
         """Note a failure; the one that got farthest is kept."""
         if self.best is None or found.progress > self.best.progress:
             self.best = Miss(reason, node if isinstance(node, Node) else None, found.progress)
+            self.farthest = found
 
     def read(self, node: Node) -> Call:
         """`spelling.read`, once a node."""
@@ -267,8 +281,22 @@ class Matcher:
             wanted = " or ".join(sorted({c.op for c in _real_consumers(p)})) or "nothing more"
             users = sorted({_describe(c) for c in consumers(g)})
             given = " and ".join(users) if users else "nothing but the program's result"
-            self.fail(found, f"{g.name} is used by {given}, in the pattern by {wanted}", g)
+            self.fail(self._with_last(found, g), f"{g.name} is used by {given}, in the pattern by {wanted}", g)
             return
+
+    def _with_last(self, found: Found, g: Node) -> Found:
+        """`found` with the pattern's last call, where a few steps above `g` it is made of a value that is bound."""
+        bound = [value for value in found.bindings.values() if isinstance(value, Node)]
+        beyond = [g]
+        for node in beyond:
+            for call in self._consumers(node) if len(beyond) < MAX_BEYOND else ():
+                if call.node is None or call.node in beyond:
+                    continue
+                beyond.append(call.node)
+                for last in last_calls(self.pattern.root) - found.pairs.keys():
+                    if _align(read_pattern(last), call) and any(origin(o) in bound for o in call.operands):
+                        return replace(found, pairs=found.pairs | {last: call.node})
+        return found
 
 
 def _real_consumers(p: Node) -> Iterator[Call]:

@@ -23,7 +23,7 @@ from fxopt.graph.query import SHADOW, is_mutable, module_path, source_line, stor
 from fxopt.graph.scope import Scope
 from fxopt.match.legality import illegality
 from fxopt.match.match import Match
-from fxopt.match.miss import Miss, NearMiss
+from fxopt.match.miss import NEAR, Miss, NearMiss
 from fxopt.ops import find_op
 from fxopt.rewrite import quota
 from fxopt.rewrite.fusion import Fusion, Step, Verdict
@@ -108,7 +108,7 @@ class _Driver:
         best: dict[tuple[str, Node], Miss] = {k: m for k, m in self.misses.items() if k[1].graph is self.graph}
         alive = set(self.graph.nodes)
         near = [NearMiss.of(name, anchor, miss) for (name, anchor), miss in best.items() if anchor in alive]
-        self.outcome.misses = sorted(near, key=lambda m: (-m.progress, m.fusion, m.anchor))
+        self.outcome.misses = sorted(near, key=lambda m: (-m.share, -m.progress, m.fusion, m.anchor))
         for miss in self.outcome.misses:
             found_log.debug("%s at %s: not matched: %s (%s)", miss.fusion, miss.anchor, miss.reason, miss.source)
         return self.outcome
@@ -152,7 +152,7 @@ class _Driver:
                 found_log.debug("%s at %s: %d nodes, %s", fusion.name, anchor.name, len(match.nodes), match.tags)
                 self.misses.pop(key, None)
                 self._apply(fusion, anchor, match, start)
-            elif isinstance(match, Miss):
+            elif isinstance(match, Miss) and match.share > NEAR:
                 self.misses[key] = match
 
     def _match(self, fusion: Fusion, anchor: Node) -> Match | Miss | None:

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from fxopt.graph.query import users
 from fxopt.match import hints
-from fxopt.match.exact import difference
+from fxopt.match.exact import difference, share
 from fxopt.match.match import Match
 from fxopt.match.matcher import Found, Matcher
 from fxopt.match.miss import Miss
@@ -33,8 +33,8 @@ from fxopt.rewrite.fusion import Fusion
 if TYPE_CHECKING:
     from fxopt.graph.scope import Scope
 
-#: fewer pattern nodes than this in common is no near miss, only another program
-NEAR = 2
+#: fewer pattern nodes than this in common say nothing
+LEAST = 2
 
 #: ops of which models have many: a search does not begin at them if the pattern has another
 _COMMON = ("add", "mul", "sub", "div", "cast", "permute", "reshape", "unsqueeze", "expand", "getitem", "neg")
@@ -69,14 +69,18 @@ class PatternFusion(Fusion):
         """The outermost match of the pattern around anchor `node` that `check` accepts, or the best near miss."""
         pattern = traced(self)
         matcher = Matcher(pattern)
+        settled: Miss | None = None
         for found in matcher.search(_anchors(self)[0], node):
             outcome = self._settle(pattern, found)
             if isinstance(outcome, Match):
                 return outcome
             if matcher.best is None or outcome.progress >= matcher.best.progress:
                 matcher.best = outcome
+                settled = outcome
         miss = matcher.best
-        return miss if miss is not None and miss.progress >= NEAR else None
+        if miss is None or miss.progress < LEAST:
+            return None
+        return miss if miss is settled else replace(miss, share=share(pattern, matcher.farthest))
 
     def extend(self, match: Match) -> Match:
         """A chance to take in more than the pattern (a residual add before it, say) before the match is checked."""
@@ -85,7 +89,7 @@ class PatternFusion(Fusion):
     def _settle(self, pattern: Pattern, found: Found) -> Match | Miss:
         refusal = difference(pattern, found)
         if refusal is not None:
-            return refusal
+            return replace(refusal, share=share(pattern, found))
         match = self.extend(to_match(pattern, found))
         refusal = _leak(match) or self.check(match)
         return match if refusal is None else replace(refusal, progress=max(refusal.progress, found.progress))

@@ -123,6 +123,7 @@ class Missed:
     source: str | None  # of the first
     node: str | None  # of the first
     hint: str | None = None  # what would make it fuse, of the first
+    share: float = 1.0  # how much of what the fusion looks for is there, at most
 
 
 def fused(report: Report) -> list[Fused]:
@@ -191,11 +192,30 @@ def grouped_misses(misses: Iterable[NearMiss]) -> list[Missed]:
     for miss in misses:
         groups.setdefault((miss.fusion, miss.reason), []).append(miss)
     rows = [
-        Missed(fusion, reason, len(group), max(m.progress for m in group), first.source, first.node, first.hint)
+        Missed(
+            fusion,
+            reason,
+            len(group),
+            max(m.progress for m in group),
+            first.source,
+            first.node,
+            first.hint,
+            max(m.share for m in group),
+        )
         for (fusion, reason), group in groups.items()
         for first in group[:1]
     ]
-    return sorted(rows, key=lambda row: (-row.progress, -row.count, row.fusion, row.reason))
+    return sorted(rows, key=lambda row: (-row.share, -row.progress, -row.count, row.fusion, row.reason))
+
+
+def nearest(misses: Iterable[NearMiss]) -> list[NearMiss]:
+    """Of the near misses that began at one node, that which got nearest: a site is one thing or another."""
+    best: dict[str, NearMiss] = {}
+    for miss in misses:
+        known = best.get(miss.anchor)
+        if known is None or (miss.share, miss.progress) > (known.share, known.progress):
+            best[miss.anchor] = miss
+    return list(best.values())
 
 
 def worst(verdicts: Iterable[Verdict]) -> float | None:
@@ -386,7 +406,7 @@ def _sites(sites: Iterable[Site]) -> list[str]:
 
 def _misses(misses: Iterable[NearMiss]) -> list[str]:
     lines = []
-    for miss in grouped_misses(misses):
+    for miss in grouped_misses(nearest(misses)):
         first = f" (the first of {miss.count})" if miss.count > 1 else ""
         lines.append(f"  not fused: {miss.fusion}: {miss.reason}")
         lines.append(f"    at node {miss.node}, {short_source(miss.source)}{first}")

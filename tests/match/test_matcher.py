@@ -322,6 +322,24 @@ def test_miss_names_the_farthest_failure():
     assert none(pattern, lambda a: a.softmax(-1), x) == []
 
 
+def rms(h, eps: float):
+    return h * OneOf("root", rsqrt=torch.rsqrt(s := h.square().mean(-1, keepdim=True) + eps), power=s.exp().rsqrt())
+
+
+@pytest.mark.parametrize(
+    "program, share",
+    [
+        (lambda a: a * torch.rsqrt(a.abs().mean(-1, keepdim=True) + 1e-6), 5 / 6),  # no square; the product is last
+        (lambda a: a * torch.rsqrt(a.square().mean(0, keepdim=True) + 1e-6), 5 / 6),  # a mean of other elements
+        (lambda a: a / (a.square().mean(-1, keepdim=True) + 1e-6).sqrt(), 3 / 6),  # nothing is multiplied
+        (lambda a: a * (a.square().mean(-1, keepdim=True) + 1e-6).rsqrt().exp(), 6 / 6),  # something is in between
+        (lambda a: (a.square().mean() + 1e-6).tanh(), 2 / 6),  # nor is a loss a norm
+    ],
+)
+def test_share_of_the_pattern(program, share):
+    assert [miss.share for miss in none(rms, program, x)] == [pytest.approx(share)]
+
+
 def test_alternative_of_no_common_op_is_refused():
     with pytest.raises(PatternError, match="no search can begin"):
         _ = fusion_of(lambda x, y: OneOf("form", a=x, b=y)).anchors

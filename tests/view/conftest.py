@@ -122,6 +122,7 @@ def report() -> Report:
             miss(),
             miss(
                 fusion="rms_norm",
+                anchor="mean",
                 reason="the mean is not over the last dimension",
                 node="mean",
                 progress=1,

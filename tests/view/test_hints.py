@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxopt
+from fxopt.view.text import grouped_misses, nearest
 
 Q = torch.randn(2, 4, 8, 16)
 
@@ -85,6 +86,26 @@ NOT_FUSED = {
         (Q,),
         "layer_norm",
     ),
+    "norm by the unbiased deviation": (
+        lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6),
+        (Q,),
+        "layer_norm",
+    ),
+    "norm with eps outside the root": (
+        lambda x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6),
+        (Q,),
+        "rms_norm",
+    ),
+    "norm with a clamped root": (
+        lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt().clamp(min=1.0),
+        (Q,),
+        "rms_norm",
+    ),
+    "L2 norm with eps outside the root": (
+        lambda x: x / (x.pow(2).sum(-1, keepdim=True).sqrt() + 1e-6),
+        (Q,),
+        "l2_norm",
+    ),
     "gate and up broadcast": (lambda x: F.silu(x) * x[..., :1], (Q,), "gated_mlp"),
     "int8 weight with a zero point": (
         lambda x, w: x @ ((w.to(torch.float32) - 3.0) * 0.1).T,
@@ -102,6 +123,35 @@ def test_nothing_is_silently_left_unfused(program, inputs, fusion, without_induc
     misses = [miss for miss in report.misses if miss.fusion == fusion]
     assert misses, report.graphs[0].before
     assert all(miss.reason and miss.source for miss in misses)
+
+
+#: no softmax, no norm, no gated MLP, no quantised matmul
+NOISE = {
+    "loss": lambda x: (x - 1).pow(2).mean(),
+    "loss and more": lambda x: F.silu(x).mean() + 1.0,
+    "energy": lambda x: x.pow(2).mean(-1, keepdim=True) + 1.0,
+    "pooling": lambda x: x.mean(1) * 2.0 + x.var(1),
+    "standard score of everything": lambda x: (x - x.mean()) / x.std(),
+    "distance": lambda x: (-(x - 1.0).pow(2).sum(-1).sqrt() / 2.0).exp(),
+    "activations": lambda x: F.silu(x) + F.gelu(x) + torch.sigmoid(x).sum(),
+    "sines": lambda x: torch.cat([x.cos(), x.sin()], -1) * 2.0,
+    "linear layers": lambda x: F.linear(F.linear(x, x[0, 0]), x[0, 1, :, :8]),
+}
+
+
+@pytest.mark.parametrize("program", NOISE.values(), ids=NOISE)
+def test_what_is_nothing_of_the_kind_is_not_told(program, without_inductor):
+    with torch.no_grad():
+        told = fxopt.explain(program, Q)
+    assert told.report.misses == []
+    assert "not fused" not in str(told)
+
+
+def test_the_nearest_comes_first_and_stands_for_its_place(make):
+    far, near = make.miss(fusion="far", share=0.6, progress=9), make.miss(fusion="near", progress=2)
+    elsewhere = make.miss(fusion="far", anchor="softmax_9", share=0.7)
+    assert [(row.fusion, row.share) for row in grouped_misses([far, near, elsewhere])] == [("near", 1.0), ("far", 0.7)]
+    assert nearest([far, near, elsewhere]) == [near, elsewhere]
 
 
 def test_a_softmax_that_is_no_attention_is_named_too(without_inductor):

@@ -101,7 +101,9 @@ def test_near_misses_best_first(make):
 
 
 def test_table_says_how_many_misses_it_leaves_out(make):
-    graph = GraphReport("graph 0", normalized=True, misses=[make.miss(reason=f"reason {i}") for i in range(25)])
+    graph = GraphReport(
+        "graph 0", normalized=True, misses=[make.miss(reason=f"reason {i}", anchor=f"softmax_{i}") for i in range(25)]
+    )
     assert "Near misses (first 10 of 25)" in text.render(Report([graph]), width=120)
     assert text.explanation(Report([graph])).count("not fused") == 25
 
