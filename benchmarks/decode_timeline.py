@@ -37,6 +37,10 @@ MODES: dict[str, tuple[str, dict[str, Any]] | None] = {
     ),
     "fxopt": ("fxopt", {}),
     "fxopt reduce-overhead": ("fxopt", {"mode": "reduce-overhead"}),
+    "fxopt reduce-overhead, combo kernels": (
+        "fxopt",
+        {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": True}}},
+    ),
     "fxopt reduce-overhead, tuned": ("fxopt", {"options": {"mode": "reduce-overhead", "tune": "full"}}),
 }
 

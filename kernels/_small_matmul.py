@@ -10,9 +10,10 @@ more than its launch: on an H200, gate and up of Llama 3 8B with 16 rows took 90
 The weight is read once and from far away: its loads are pipelined (`tl.range(num_stages=)` does that for loads which
 feed no dot too) and evicted first. x is read by every program and stays in the L2 cache.
 
-Nothing here is launched programmatically dependent (PDL), though loading weights before the predecessor is done would
-hide most of the gap between launches. It is safe only where the kernel that stands before in the *stream* writes no
-weight, and an op can't know that: Inductor orders the launches, and the first one of a graph may follow an optimiser's.
+They are launched programmatically dependent (PDL), which hides a part of the gap between launches. Weights are not
+loaded before the predecessor is done, which would hide more of it: that is safe only where the kernel that stands
+before in the *stream* writes no weight, and an op can't know that. Inductor orders the launches, and the first one of a
+graph may follow an optimiser's.
 """
 
 from __future__ import annotations
@@ -127,16 +128,25 @@ def served(x: Tensor, normed: bool) -> bool:
 
 
 def guess(rows: int, n: int, k: int, itemsize: int, *, split: bool = True) -> dict[str, int]:
-    """How to launch for so many rows, and weights of `n` rows in all, where nothing was measured: what did best on an
-    H200 for the layers of Llama 3 8B (docs/measurements.md)."""
+    """How to launch for so many rows, and weights of `n` rows in all, where nothing was measured.
+
+    What did best, or nearly, on an H200 for the layers of Llama 3 8B, Llama 3.2 1B and Qwen 2.5 0.5B
+    (docs/measurements.md): enough programs for all multiprocessors, and as much in flight as fits beside them.
+    """
     if rows == 1:
-        return _config(8, min(512, columns(k)), 1, 0, 3, 4)
+        if n > 2048:
+            return _config(8, min(512, columns(k)), 1, 0, 3, 4)
+        return _config(4 if n > 1024 else 2, min(1024, columns(k)), 1, 0, 3 if k > 2048 else 1, 4)
+    block_k = min(128, columns(k))
     if itemsize > 2:
-        return _config(32, min(128, columns(k)), 1, 0, 3, 4)
+        return _config(32, block_k, 1, 0, 3, 4)
+    tiles = _triton.ceil_div(n, 64)
+    if rows > 32 and tiles <= 64:
+        return _config(32, block_k, 1, 0, 5, 4)
     if rows > 32:
-        return _config(32, min(128, columns(k)), 1, 0, 5, 4)
-    parts = 2 if split and n <= 64 * 64 and k >= 4096 else 1
-    return _config(64, min(128, columns(k)), parts, 1, 5, 4)
+        return _config(64, block_k, 1, 1, 5 if tiles <= 132 else 3, 4)
+    parts = min(8, _triton.next_power_of_2(_triton.ceil_div(128, tiles))) if split and k >= 4096 else 1
+    return _config(64, block_k, parts, 1, 5, 4)
 
 
 def configs(rows: int, n: int, k: int, *, split: bool = True) -> Iterator[dict[str, int]]:

@@ -51,7 +51,7 @@ class CompileExample:
     `signature` gives the Triton type of every run-time argument ("*bf16" a pointer, "i32", "fp32"), `constexprs` the
     values of all the others. Pointers are taken to be 16-byte aligned; "i32:16" is an integer divisible by 16, which
     strides mostly are and without which loads are not vectorised. `max_spills` is the most 4-byte registers that a
-    thread may spill.
+    thread may spill, `capability` the oldest architecture that has the instructions used (90: sm_90).
     """
 
     name: str
@@ -61,11 +61,31 @@ class CompileExample:
     num_warps: int = 4
     num_stages: int = 3
     max_spills: int = 32
+    capability: int = 80
 
 
 def jit(fn: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function itself where Triton is missing (it is then never launched: see `needs_gpu`)."""
     return triton.jit(fn) if triton is not None else fn
+
+
+@jit
+def after_launch(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a kernel begins with that may be launched before its predecessor is done (`dependent_launch`).
+
+    From here on the next kernel may be launched likewise, and nothing was read or written yet: all that came before in
+    the stream is done when this returns, so that only launches overlap, whatever kernels surround it.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def dependent_launch(x: Tensor) -> dict[str, bool]:
+    """Arguments of a kernel's launch: programmatic dependent launch (PDL) where the device of `x` has it, sm_90 on."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def needs_gpu(target: Target) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
 from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, served
-from fxopt.kernels._triton import CompileExample, jit, tl
+from fxopt.kernels._triton import CompileExample, after_launch, dependent_launch, jit, tl
 from fxopt.kernels.gated_mlp import activate, gated_activation
 from fxopt.ops import Config, Target, fused_op
 
@@ -169,9 +169,10 @@ def _gated_linear_kernel(  # type: ignore[no-untyped-def]
     x, norm, w0, w1, b0, b1, y, rows, n, k, x_row, s0, s1, eps, offset,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
     DOT: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs a program: both layers' products, one after the other, and the activation in registers."""
+    after_launch(PDL)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gate = product(
         x, w0, norm, rows, n, k, 0, k, x_row, s0, output, eps, offset,
@@ -195,9 +196,10 @@ def _shared_linear_kernel(  # type: ignore[no-untyped-def]
     x, norm, w0, w1, w2, b0, b1, b2, y0, y1, y2, rows, n0, n1, n2, k, x_row, s0, s1, s2, blocks0, blocks1, eps, offset,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
     DOT: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one of the layers a program, for all rows. Which layer is decided once, before the loop."""
+    after_launch(PDL)
     block = tl.program_id(0)
     w, b, y, n, stride, biased = w0, b0, y0, n0, s0, BIAS0
     if block >= blocks0 + blocks1:
@@ -249,7 +251,7 @@ def _launch(
         source, factor, *padded, *terms, *outs, *(outs[0] for _ in spare), rows, *(w.shape[0] for w in weights), *spare,
         k, source.stride(0), *(w.stride(0) for w in padded), blocks[0], blocks[1], **normed,
         **{f"BIAS{i}": int(i < len(biases) and biases[i] is not None) for i in range(3)},
-        **values, num_warps=chosen["num_warps"],
+        **values, num_warps=chosen["num_warps"], **dependent_launch(x),
     )  # fmt: skip
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
@@ -286,7 +288,7 @@ def _(x: Tensor, gate: Tensor, up: Tensor, activation: str, *rest: Any, config: 
     _gated_linear_kernel[(_triton.ceil_div(gate.shape[0], values["BLOCK_N"]),)](
         source, factor, gate, up, *terms, out, rows, gate.shape[0], k, source.stride(0), gate.stride(0), up.stride(0),
         **normed, BIAS0=int(rest[0] is not None), BIAS1=int(rest[1] is not None), ACTIVATION=activation,
-        **values, num_warps=chosen["num_warps"],
+        **values, num_warps=chosen["num_warps"], **dependent_launch(x),
     )  # fmt: skip
     return out.view(*x.shape[:-1], gate.shape[0])
 
@@ -303,7 +305,8 @@ def _example(name: str, dtype: str, rows: int, norm: bool = False, **config: int
     signature |= dict.fromkeys(("n0", "n1", "n2", "k", "x_row", "s0", "s1", "s2"), "i32:16")
     signature |= dict.fromkeys(("blocks0", "blocks1"), "i32")
     chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
-    values = {"BIAS0": 1, "BIAS1": 0, "BIAS2": 1, "NORM": norm, "WEIGHTED": norm, **constants(rows, chosen)}
+    values = {"BIAS0": 1, "BIAS1": 0, "BIAS2": 1, "NORM": norm, "WEIGHTED": norm, "PDL": False}
+    values |= constants(rows, chosen)
     return CompileExample(name, _shared_linear_kernel, signature, values, num_warps=chosen["num_warps"])
 
 
@@ -313,7 +316,11 @@ def _gated_example(name: str, dtype: str, rows: int, **config: int) -> CompileEx
     chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
     ends = {"BIAS0": 0, "BIAS1": 0, "ACTIVATION": "silu", "NORM": rows == 1, "WEIGHTED": rows == 1}
     return CompileExample(
-        name, _gated_linear_kernel, signature, ends | constants(rows, chosen), num_warps=chosen["num_warps"]
+        name,
+        _gated_linear_kernel,
+        signature,
+        ends | constants(rows, chosen) | {"PDL": False},
+        num_warps=chosen["num_warps"],
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
 from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, served
-from fxopt.kernels._triton import CompileExample, jit, tl
+from fxopt.kernels._triton import CompileExample, after_launch, dependent_launch, jit, tl
 from fxopt.kernels.gated_mlp import ACTIVATIONS, activate
 from fxopt.ops import Config, Target, fused_op
 
@@ -103,9 +103,10 @@ def _small_linear_kernel(  # type: ignore[no-untyped-def]
     x, norm, w, b, r, y, sums, rows, n, k, span, x_row, stride, r_row, eps, offset,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     SPLIT: tl.constexpr, DOT: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows a program, or its share of their sums: columns `span` * part and on."""
+    after_launch(PDL)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     first = part * span
@@ -125,9 +126,10 @@ def _small_linear_kernel(  # type: ignore[no-untyped-def]
 def _sum_kernel(  # type: ignore[no-untyped-def]
     sums, b, r, y, rows, n, r_row,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The parts' sums added in order, and what ends the layer."""
+    after_launch(PDL)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
     live = (row < rows)[:, None] & (output < n)[None, :]
@@ -154,16 +156,17 @@ def _(x: Tensor, weight: Tensor, *rest: Any, config: Config | None = None) -> Te
     ends = {"BIAS": bias is not None, "ACTIVATION": activation or "", "RESIDUAL": residual is not None}
     b = weight if bias is None else bias.contiguous()
     norm = weight if norm_weight is None else norm_weight.contiguous()
-    blocks = _triton.ceil_div(n, values["BLOCK_N"])
+    blocks, launch = _triton.ceil_div(n, values["BLOCK_N"]), dependent_launch(x)
     _small_linear_kernel[(blocks, split)](
         x, norm, weight, b, added, y, sums, rows, n, k, span, x.stride(0), weight.stride(0), added.stride(0),
         float(eps or 0.0), float(weight_offset), NORM=eps is not None, WEIGHTED=norm_weight is not None, **ends,
-        SPLIT=split, **values, num_warps=chosen["num_warps"],
+        SPLIT=split, **values, num_warps=chosen["num_warps"], **launch,
     )  # fmt: skip
     if split > 1:
         _sum_kernel[(_triton.ceil_div(n, 64),)](
-            sums, b, added, y, rows, n, added.stride(0), **ends, SPLIT=split, BLOCK_M=values["BLOCK_M"], BLOCK_N=64
-        )
+            sums, b, added, y, rows, n, added.stride(0), **ends, SPLIT=split, BLOCK_M=values["BLOCK_M"], BLOCK_N=64,
+            **launch,
+        )  # fmt: skip
     return y.view(shape)
 
 
@@ -171,26 +174,29 @@ def _(x: Tensor, weight: Tensor, *rest: Any, config: Config | None = None) -> Te
 small_linear.implementation("decomposed")(small_linear.reference)
 
 
-def _example(name: str, dtype: str, rows: int, **config: int) -> CompileExample:
+def _example(name: str, dtype: str, rows: int, pdl: bool = False, **config: int) -> CompileExample:
     signature = dict.fromkeys(("x", "norm", "w", "b", "r", "y"), f"*{dtype}") | {"rows": "i32", "sums": "*fp32"}
     signature |= dict.fromkeys(("n", "k", "span", "x_row", "stride", "r_row"), "i32:16")
     signature |= {"eps": "fp32", "offset": "fp32"}
     chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2) | config
     ends = {"NORM": rows == 1, "WEIGHTED": rows == 1, "BIAS": True, "ACTIVATION": "silu", "RESIDUAL": True}
-    values = {**ends, "SPLIT": chosen["SPLIT"], **constants(rows, chosen)}
-    return CompileExample(name, _small_linear_kernel, signature, values, num_warps=chosen["num_warps"])
+    values = {**ends, "SPLIT": chosen["SPLIT"], **constants(rows, chosen), "PDL": pdl}
+    return CompileExample(
+        name, _small_linear_kernel, signature, values, chosen["num_warps"], capability=90 if pdl else 80
+    )
 
 
 def _sum_example() -> CompileExample:
     signature = {"sums": "*fp32", **dict.fromkeys(("b", "r", "y"), "*bf16"), "rows": "i32", "n": "i32:16"}
     ends = {"BIAS": True, "ACTIVATION": "", "RESIDUAL": True}
-    values = {**ends, "SPLIT": 4, "BLOCK_M": 64, "BLOCK_N": 64}
+    values = {**ends, "SPLIT": 4, "BLOCK_M": 64, "BLOCK_N": 64, "PDL": False}
     return CompileExample("sum of 4 parts", _sum_kernel, signature | {"r_row": "i32:16"}, values)
 
 
 COMPILE_EXAMPLES = (
     () if tl is None else (
-        _example("one row", "bf16", 1), _example("one row, 16 outputs", "fp16", 1, BLOCK_N=16, BLOCK_K=256, STAGES=3),
+        _example("one row", "bf16", 1), _example("one row, launched early", "bf16", 1, pdl=True),
+        _example("one row, 16 outputs", "fp16", 1, BLOCK_N=16, BLOCK_K=256, STAGES=3),
         _example("16 rows", "bf16", 16, BLOCK_N=16, BLOCK_K=256, STAGES=5),
         _example("8 rows, the weight on the left", "bf16", 8, BLOCK_N=64, SWAP=1, STAGES=5),
         _example("64 rows in parts", "fp16", 64, BLOCK_N=64, BLOCK_K=64, SPLIT=4, SWAP=1, STAGES=5),

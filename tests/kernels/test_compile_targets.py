@@ -31,6 +31,8 @@ covered = set()
 for module, example in compile_examples():
     kernel = example.kernel
     covered.add(kernel)
+    if example.capability > int(sys.argv[1]):
+        continue
     signature = {name: example.signature.get(name, "constexpr") for name in kernel.arg_names}
     constants = {(kernel.arg_names.index(name),): value for name, value in example.constexprs.items()}
     divisible = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind.endswith(":16")]
