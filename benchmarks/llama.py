@@ -156,7 +156,10 @@ def main() -> None:
         if attention == "sdpa":
             cases += [
                 ("decode B=1 cache 16384 sdpa", lambda m=model: decode(m, 1, 16384, 513), ["eager", *GRAPHS]),
-                ("decode B=16 cache 2048 sdpa", lambda m=model: decode(m, 16, 2048, 513), ["eager", *GRAPHS]),
+                *(
+                    (f"decode B={b} cache 2048 sdpa", lambda m=model, b=b: decode(m, b, 2048, 513), ["eager", *GRAPHS])
+                    for b in (16, 4, 8, 64)
+                ),
                 (
                     "tuned decode B=1 cache 2048 sdpa",
                     lambda m=model: decode(m, 1, 2048, 513),

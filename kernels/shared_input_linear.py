@@ -314,13 +314,9 @@ def _gated_example(name: str, dtype: str, rows: int, **config: int) -> CompileEx
     signature = dict.fromkeys(("x", "norm", "w0", "w1", "b0", "b1", "y"), f"*{dtype}") | {"rows": "i32"}
     signature |= dict.fromkeys(("n", "k", "x_row", "s0", "s1"), "i32:16") | {"eps": "fp32", "offset": "fp32"}
     chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
-    ends = {"BIAS0": 0, "BIAS1": 0, "ACTIVATION": "silu", "NORM": rows == 1, "WEIGHTED": rows == 1}
+    ends = {"BIAS0": 0, "BIAS1": 0, "ACTIVATION": "silu", "NORM": rows == 1, "WEIGHTED": rows == 1, "PDL": False}
     return CompileExample(
-        name,
-        _gated_linear_kernel,
-        signature,
-        ends | constants(rows, chosen) | {"PDL": False},
-        num_warps=chosen["num_warps"],
+        name, _gated_linear_kernel, signature, ends | constants(rows, chosen), num_warps=chosen["num_warps"]
     )
 
 
