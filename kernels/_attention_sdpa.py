@@ -33,8 +33,10 @@ def attend(
     sink: Tensor | None,
     first: Tensor | None = None,
     last: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The `attention` op (without soft cap and factor) by F.scaled_dot_product_attention."""
+    mask = with_bias(mask, bias, q.shape[2], k.shape[2], empty_rows)
     mask = with_bounds(mask, first, last, k.shape[2], empty_rows)
     width, value_width, dtype = q.shape[3], v.shape[3], v.dtype
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -80,6 +82,27 @@ def within_bounds(first: Tensor | None, last: Tensor | None, keys: int) -> Tenso
             part = key >= bound[..., None] if below else key <= bound[..., None]
             live = part if live is None else live & part
     return live
+
+
+def spread(bias: Tensor, rows: int, keys: int) -> Tensor:
+    """A bias by key or by distance, [B or 1, Hq or 1, N or M + N - 1], as one that is added to [B, Hq, M, N] scores."""
+    if known_equal(bias.shape[-1], keys):
+        return bias.unsqueeze(-2)
+    row, key = torch.arange(rows, device=bias.device), torch.arange(keys, device=bias.device)
+    return bias[..., key + (rows - 1 - row)[:, None]]
+
+
+def with_bias(mask: Tensor | None, bias: Tensor | None, rows: int, keys: int, empty_rows: str) -> Tensor | None:
+    """`mask` with a bias added to it."""
+    if bias is None:
+        return mask
+    dense = spread(bias, rows, keys)
+    if mask is None:
+        return dense
+    if mask.dtype == torch.bool:
+        filling = ABSORBING if empty_rows == "uniform" else -torch.inf
+        return torch.where(mask, dense.to(torch.promote_types(dense.dtype, torch.float32)), filling)
+    return mask + dense.to(torch.promote_types(mask.dtype, torch.float32))
 
 
 def with_bounds(

@@ -21,6 +21,8 @@ from torch import Tensor
 from fxopt.kernels import _triton
 from fxopt.kernels._flash_decode import decode, few
 from fxopt.kernels._flash_parts import (
+    BY_DISTANCE,
+    BY_KEY,
     UNIFORM,
     ZERO,
     Operands,
@@ -45,13 +47,14 @@ DECODE_CONFIGS = ((32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 2))
 
 @jit
 def _prefill_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, mask, factor, sink, first, last, tiles, out, tops, weights,
+    q, k, v, mask, factor, bias, sink, first, last, tiles, out, tops, weights,
     heads, group, rows, keys, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_key, v_batch, v_head, v_key, m_batch, m_head, m_row, m_key,
-    f_batch, f_head, f_row, f_key, s_batch, s_head, s_row,
+    f_batch, f_head, f_row, f_key, b_batch, b_head, s_batch, s_head, s_row,
     first_batch, first_head, first_row, last_batch, last_head, last_row, t_batch,
-    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr, STATS: tl.constexpr,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
+    STATS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -79,13 +82,15 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     v += batch * v_batch + (head // group) * v_head
     mask_tile = mask + batch * m_batch + head * m_head + (wide_row * m_row)[:, None] + (column * m_key)[None, :]
     factor_tile = factor + batch * f_batch + head * f_head + (wide_row * f_row)[:, None] + (column * f_key)[None, :]
+    bias += batch * b_batch + head * b_head
+    real_row = tl.minimum(row, rows - 1)
     top, weight = _start(sink, batch * s_batch + head * s_head + wide_row * s_row, row < rows, SINK, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Rows that aren't there have the bounds of the last one that is.
     lowest = first + batch * first_batch + head * first_head
     highest = last + batch * last_batch + head * last_head
-    from_key = _bound(lowest, tl.minimum(row, rows - 1), rows, first_row, 0, FIRST)
-    to_key = _bound(highest, tl.minimum(row, rows - 1), rows, last_row, keys - 1, LAST)
+    from_key = _bound(lowest, real_row, rows, first_row, 0, FIRST)
+    to_key = _bound(highest, real_row, rows, last_row, keys - 1, LAST)
     if TILES:
         tiles += batch * t_batch + tile * (tl.cdiv(keys, BLOCK_N) + 2).to(tl.int64)
         inner = tl.load(tiles)
@@ -120,14 +125,19 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             start = inner_begin + index * BLOCK_N
         entries = in_rows
         factors = in_rows
+        biases = in_rows
         if INNER_MASK != 0:
             entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=in_rows, other=0)
         if FACTOR:
             factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=in_rows, other=0.0)
+        if BIAS == 1:
+            biases = tl.load(bias + ((start + column)[None, :] - real_row[:, None]))
+        if BIAS == 2:
+            biases = tl.load(bias + start + column)[None, :]
         top, weight, acc = _step(
-            q_tile, k, v, entries, factors, row, column, start, keys, scale, cap, k_key, v_key, in_rows,
-            from_key, to_key, row, top, weight, acc, INNER_MASK, FACTOR, CAP, IS_CAUSAL, FIRST, LAST, False, False,
-            D, DV, BLOCK_D, BLOCK_DV,
+            q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, in_rows,
+            from_key, to_key, row, top, weight, acc, INNER_MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, False,
+            False, D, DV, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     for index in range(edges):
         if TILES:
@@ -140,13 +150,18 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         live = (column < keys - start)[None, :] & in_rows
         entries = live
         factors = live
+        biases = live
         if MASK != 0:
             entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=live, other=0)
         if FACTOR:
             factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=live, other=0.0)
+        if BIAS == 1:
+            biases = tl.load(bias + ((start + column)[None, :] - real_row[:, None]), mask=live, other=0.0)
+        if BIAS == 2:
+            biases = tl.load(bias + start + column, mask=column < keys - start, other=0.0)[None, :]
         top, weight, acc = _step(
-            q_tile, k, v, entries, factors, row, column, start, keys, scale, cap, k_key, v_key, live,
-            from_key, to_key, row, top, weight, acc, MASK, FACTOR, CAP, IS_CAUSAL, FIRST, LAST, False, True,
+            q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, live,
+            from_key, to_key, row, top, weight, acc, MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, False, True,
             D, DV, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     place = (batch * heads + head) * rows + wide_row
@@ -183,6 +198,7 @@ def flash_attention(
     factor: Tensor | None = None,
     first: Tensor | None = None,
     last: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     config: Config | None = None,
 ) -> Tensor:
@@ -194,7 +210,7 @@ def flash_attention(
     out = v.new_empty((*q.shape[:3], v.shape[3]))
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_()
-    given = operands(q, k, v, mask, is_causal, empty_rows, softcap, sink, factor, first, last)
+    given = operands(q, k, v, mask, is_causal, empty_rows, softcap, sink, factor, first, last, bias)
     if few(q.shape[2], q.shape[1] // k.shape[1]):
         decode(given, out, scale, softcap, config=config)
     else:
@@ -227,10 +243,11 @@ def prefill(
     batch, heads, rows, _ = given.q.shape
     kv_heads, keys = given.k.shape[1:3]
     widths = given.widths
-    tensors = (given.mask is not None) + (given.factor is not None)
+    by_distance = given.flags["BIAS"] == BY_DISTANCE
+    tensors = (given.mask is not None) + (given.factor is not None) + by_distance
     itemsize = given.q.dtype.itemsize
     wide = max(widths["BLOCK_D"], widths["BLOCK_DV"]) * itemsize
-    bounded = given.first is not None or given.last is not None
+    bounded = given.first is not None or given.last is not None or by_distance
     block_m, block_n, warps, stages = blocks(wide, itemsize, tensors, bounded)
     if config:
         block_m, block_n, warps, stages = (config[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
@@ -248,7 +265,8 @@ def prefill(
 def blocks(row_bytes: int, itemsize: int, tensors: int, bounded: bool) -> tuple[int, int, int, int]:
     """(query rows, keys, warps, stages) a tile: what compiles without spilling on sm_80, sm_90 and sm_100.
 
-    `tensors` counts those that are read beside the scores, a mask and a factor; `bounded`: rows have bounds.
+    `tensors` counts those that are read beside the scores, mask, factor and a bias by distance; `bounded`: rows have
+    bounds, or such a bias.
     """
     if itemsize == 4 or row_bytes > 256:
         return 64, 32, 8, 2
@@ -262,9 +280,10 @@ def blocks(row_bytes: int, itemsize: int, tensors: int, bounded: bool) -> tuple[
 def _example(name: str, dtype: str, mask: str | None, d: int, **flags: Any) -> CompileExample:
     itemsize = 4 if dtype == "fp32" else 2
     widths = example_widths(d)
-    tensors = (mask is not None) + ("FACTOR" in flags)
+    by_distance = flags.get("BIAS") == BY_DISTANCE
+    tensors = (mask is not None) + ("FACTOR" in flags) + by_distance
     block_m, block_n, warps, stages = blocks(
-        widths["BLOCK_D"] * itemsize, itemsize, tensors, bool({"FIRST", "LAST"} & flags.keys())
+        widths["BLOCK_D"] * itemsize, itemsize, tensors, by_distance or bool({"FIRST", "LAST"} & flags.keys())
     )
     values = example_values(mask) | {"TILES": False, "STATS": False} | flags
     values |= {**widths, "BLOCK_M": block_m, "BLOCK_N": block_n}
@@ -283,6 +302,11 @@ COMPILE_EXAMPLES = (
     _example("prefill with a soft cap, causal, 128", "fp16", None, 128, CAP=1, IS_CAUSAL=True),
     _example("prefill with a sink and a mask, 64", "bf16", "bf16", 64, SINK=True),
     _example("prefill with a factor and a mask, 64", "fp16", "fp16", 64, FACTOR=True),
+    _example("prefill with a bias by distance, 64", "bf16", None, 64, BIAS=BY_DISTANCE),
+    _example("prefill with a bias, causal, 128", "bf16", None, 128, BIAS=BY_DISTANCE, IS_CAUSAL=True),
+    _example("prefill with a bias by key, padded, 64", "fp16", "u8", 64, BIAS=BY_KEY, LAST=True, EMPTY=UNIFORM),
+    _example("prefill with a bias by key, causal, 128", "bf16", None, 128, BIAS=BY_KEY, IS_CAUSAL=True),
+    _example("prefill with a bias, 64, float32", "fp32", None, 64, BIAS=BY_DISTANCE),
     _example("prefill in a window, 128", "bf16", None, 128, FIRST=True, LAST=True, EMPTY=ZERO),
     _example("prefill in a window with a soft cap, 256", "bf16", None, 256, FIRST=True, LAST=True, CAP=2),
     _example("prefill up to a bound, padded, 128", "bf16", "u8", 128, LAST=True, EMPTY=UNIFORM),

@@ -24,10 +24,13 @@ from torch import Tensor
 from fxopt.kernels import _triton
 from fxopt.kernels._flash import prefill
 from fxopt.kernels._flash_parts import (
+    BY_DISTANCE,
+    BY_KEY,
     UNIFORM,
     ZERO,
     _bound,
     _tanh,
+    at_zero,
     example_signature,
     example_values,
     example_widths,
@@ -41,9 +44,9 @@ SCAN = 1024
 
 @jit
 def _weights(  # type: ignore[no-untyped-def]
-    u, mask, factor, row, key, first, last, live, top, inverse, cap,
-    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr,
+    u, mask, factor, bias, row, key, first, last, live, top, inverse, cap,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """P of a tile from u = scale · q kᵀ, and what dS is multiplied by on its way through the soft cap.
 
@@ -59,6 +62,8 @@ def _weights(  # type: ignore[no-untyped-def]
         capped = _tanh(s / cap, CAP)
         s = capped * cap
         slope = 1.0 - capped * capped
+    if BIAS != 0:
+        s += bias.to(tl.float32)
     if MASK == 1:
         live = live & (mask != 0)
     if MASK == 2:
@@ -89,18 +94,20 @@ def _row_facts(tops, weights, deltas, place, there, EMPTY: tl.constexpr):  # typ
 
 @jit
 def _dq_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, mask, factor, sink, first, last, grad, tops, weights, deltas, dq, dmask, dfactor,
+    q, k, v, mask, factor, bias, sink, first, last, grad, tops, weights, deltas, dq, dmask, dfactor, dbias,
     heads, group, rows, keys, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_key, v_batch, v_head, v_key, m_batch, m_head, m_row, m_key,
-    f_batch, f_head, f_row, f_key, s_batch, s_head, s_row,
+    f_batch, f_head, f_row, f_key, b_batch, b_head, s_batch, s_head, s_row,
     first_batch, first_head, first_row, last_batch, last_head, last_row,
-    dm_batch, dm_head, dm_row, dm_key, df_batch, df_head, df_row, df_key,
-    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr, DMASK: tl.constexpr, DFACTOR: tl.constexpr,
+    dm_batch, dm_head, dm_row, dm_key, df_batch, df_head, df_row, df_key, db_batch, db_head,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr, DMASK: tl.constexpr,
+    DFACTOR: tl.constexpr, DBIAS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_M rows of one head. DMASK: dS is added to the mask's gradient, for 2 summed over the rows first."""
+    """dQ of BLOCK_M rows of one head. DMASK: dS is added to the mask's gradient, for 2 summed over the rows first; so
+    with DBIAS, for a bias by distance (1) and by key (2)."""
     tile = tl.program_id(1)
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -122,6 +129,8 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
     v += batch * v_batch + (head // group) * v_head
     mask_tile = mask + batch * m_batch + head * m_head + (wide_row * m_row)[:, None] + (column * m_key)[None, :]
     factor_tile = factor + batch * f_batch + head * f_head + (wide_row * f_row)[:, None] + (column * f_key)[None, :]
+    bias += batch * b_batch + head * b_head
+    dbias += batch * db_batch + head * db_head
     last_row_there = tl.minimum(row, rows - 1)
     from_key = _bound(first + batch * first_batch + head * first_head, last_row_there, rows, first_row, 0, FIRST)
     to_key = _bound(last + batch * last_batch + head * last_head, last_row_there, rows, last_row, keys - 1, LAST)
@@ -148,14 +157,19 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         entries = live
         factors = live
+        biases = live
         if MASK != 0:
             entries = tl.load(mask_tile + at * m_key, mask=live, other=0)
         if FACTOR:
             factors = tl.load(factor_tile + at * f_key, mask=live, other=0.0)
+        if BIAS == 1:
+            biases = tl.load(bias + ((start + column)[None, :] - row[:, None]), mask=live, other=0.0)
+        if BIAS == 2:
+            biases = tl.load(bias + start + column, mask=in_keys, other=0.0)[None, :]
         u = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         p, slope = _weights(
-            u, entries, factors, row[:, None], (start + column)[None, :], from_key[:, None], to_key[:, None], live,
-            top[:, None], inverse[:, None], cap, MASK, FACTOR, CAP, IS_CAUSAL, FIRST, LAST,
+            u, entries, factors, biases, row[:, None], (start + column)[None, :], from_key[:, None], to_key[:, None],
+            live, top[:, None], inverse[:, None], cap, MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST,
         )  # fmt: skip
         ds = p * (tl.dot(grad_tile, v_tile, input_precision="ieee") - delta[:, None])
         if DMASK == 1:
@@ -164,6 +178,10 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
         if DMASK == 2:
             of_mask = dmask + batch * dm_batch + head * dm_head + at * dm_key + column * dm_key
             tl.atomic_add(of_mask, tl.sum(ds, 0), mask=in_keys)
+        if DBIAS == 1:
+            tl.atomic_add(dbias + ((start + column)[None, :] - row[:, None]), ds, mask=live)
+        if DBIAS == 2:
+            tl.atomic_add(dbias + start + column, tl.sum(ds, 0), mask=in_keys)
         du = ds * slope
         if DFACTOR:
             of_factor = dfactor + batch * df_batch + head * df_head + (wide_row * df_row)[:, None] + at * df_key
@@ -179,13 +197,13 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _dkv_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, mask, factor, sink, first, last, grad, tops, weights, deltas, dk, dv,
+    q, k, v, mask, factor, bias, sink, first, last, grad, tops, weights, deltas, dk, dv,
     kv_heads, group, rows, keys, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_key, v_batch, v_head, v_key, m_batch, m_head, m_row, m_key,
-    f_batch, f_head, f_row, f_key, s_batch, s_head, s_row,
+    f_batch, f_head, f_row, f_key, b_batch, b_head, s_batch, s_head, s_row,
     first_batch, first_head, first_row, last_batch, last_head, last_row,
-    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
@@ -248,16 +266,22 @@ def _dkv_kernel(  # type: ignore[no-untyped-def]
             to_key = _bound(highest, row, rows, last_row, keys - 1, LAST)
             entries = live
             factors = live
+            biases = live
             if MASK != 0:
                 mask_at = mask + batch * m_batch + head * m_head + (wide_row * m_row)[None, :]
                 entries = tl.load(mask_at + (wide_key * m_key)[:, None], mask=live, other=0)
             if FACTOR:
                 factor_at = factor + batch * f_batch + head * f_head + (wide_row * f_row)[None, :]
                 factors = tl.load(factor_at + (wide_key * f_key)[:, None], mask=live, other=0.0)
+            bias_at = bias + batch * b_batch + head * b_head
+            if BIAS == 1:
+                biases = tl.load(bias_at + (key[:, None] - row[None, :]), mask=live, other=0.0)
+            if BIAS == 2:
+                biases = tl.load(bias_at + key, mask=key < keys, other=0.0)[:, None]
             u = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
             p, slope = _weights(
-                u, entries, factors, row[None, :], key[:, None], from_key[None, :], to_key[None, :], live,
-                top[None, :], inverse[None, :], cap, MASK, FACTOR, CAP, IS_CAUSAL, FIRST, LAST,
+                u, entries, factors, biases, row[None, :], key[:, None], from_key[None, :], to_key[None, :], live,
+                top[None, :], inverse[None, :], cap, MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST,
             )  # fmt: skip
             of_v += tl.dot(p.to(grad_tile.dtype), grad_tile, input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")
@@ -278,21 +302,21 @@ def _dkv_kernel(  # type: ignore[no-untyped-def]
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The `attention` op and its statistics: float32 [2, B, Hq, M], the maximum and the weight of each row."""
-    mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last = rest
+    mask, scale, is_causal, empty_rows, softcap, *tensors = rest
     out = v.new_empty((*q.shape[:3], v.shape[3]))
     stats = out.new_empty((2, *q.shape[:3]), dtype=torch.float32)
-    given = operands(q, k, v, mask, is_causal, empty_rows, softcap, sink, factor, first, last)
+    given = operands(q, k, v, mask, is_causal, empty_rows, softcap, *tensors)
     prefill(given, out, scale, softcap, stats=(stats[0], stats[1]))
     return out, stats
 
 
 def flash_backward(
-    grad: Tensor, out: Tensor, stats: Tensor, wanted: tuple[bool, bool, bool], q: Tensor, k: Tensor, v: Tensor,
+    grad: Tensor, out: Tensor, stats: Tensor, wanted: tuple[bool, bool, bool, bool], q: Tensor, k: Tensor, v: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v, and of mask, sink and factor where they are `wanted`, each in its tensor's dtype."""
-    mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last = rest
-    given = operands(q, k, v, mask, is_causal, empty_rows, softcap, sink, factor, first, last)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v, and of mask, sink, factor and bias where they are `wanted`, each in its tensor's dtype."""
+    mask, scale, is_causal, empty_rows, softcap, sink, factor, first, last, bias = rest
+    given = operands(q, k, v, mask, is_causal, empty_rows, softcap, sink, factor, first, last, bias)
     batch, heads, rows, _ = q.shape
     kv_heads, keys, width = v.shape[1:]
     grad = grad.to(given.q.dtype).contiguous()
@@ -303,8 +327,13 @@ def flash_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=given.q.dtype, device=t.device) for t in (q, k, v))
     of_mask = torch.zeros_like(mask, dtype=torch.float32) if wanted[0] and mask is not None else None
     of_factor = torch.zeros_like(factor, dtype=torch.float32) if wanted[2] and factor is not None else None
+    of_bias, summed = None, dq.new_empty(1, 1, 0)
+    if wanted[3] and bias is not None:
+        of_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        summed = at_zero(of_bias, given.flags["BIAS"], (batch, heads, rows, keys))
     widths, itemsize = given.widths, given.q.dtype.itemsize
-    wide, tensors = max(widths["BLOCK_D"], widths["BLOCK_DV"]) * itemsize, mask is not None or factor is not None
+    wide = max(widths["BLOCK_D"], widths["BLOCK_DV"]) * itemsize
+    tensors = mask is not None or factor is not None or bias is not None
     block_m, block_n, warps, stages = blocks(wide, itemsize, tensors)
     numbers = (heads // kv_heads, rows, keys, scale, 1.0 if softcap is None else softcap)
     read = (*given.tensors, grad, stats[0], stats[1], delta)
@@ -315,9 +344,10 @@ def flash_backward(
     kind = 0 if of_mask is None else 2 if of_mask_strides[2] == 0 and rows > 1 else 1
     launch = {**given.flags, **widths, "num_warps": warps, "num_stages": stages}
     _dq_kernel[(batch * heads, _triton.ceil_div(rows, block_m))](
-        *read, dq, dq if of_mask is None else of_mask, dq if of_factor is None else of_factor, heads, *numbers,
-        *given.strides, *of_mask_strides, *of_factor_strides,
-        DMASK=kind, DFACTOR=of_factor is not None, BLOCK_M=block_m, BLOCK_N=block_n, **launch,
+        *read, dq, dq if of_mask is None else of_mask, dq if of_factor is None else of_factor, summed, heads,
+        *numbers, *given.strides, *of_mask_strides, *of_factor_strides, *summed.stride()[:2],
+        DMASK=kind, DFACTOR=of_factor is not None, DBIAS=0 if of_bias is None else given.flags["BIAS"],
+        BLOCK_M=block_m, BLOCK_N=block_n, **launch,
     )  # fmt: skip
     _dkv_kernel[(batch * kv_heads, _triton.ceil_div(keys, block_n))](
         *read, dk, dv, kv_heads, *numbers, *given.strides, BLOCK_M=block_m, BLOCK_N=block_n, SCAN=SCAN, **launch,
@@ -334,14 +364,14 @@ def flash_backward(
         of_sink = of_sink.reshape(sink.shape).to(sink.dtype)
     return (
         dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None if of_mask is None else of_mask.to(mask.dtype), of_sink,
-        None if of_factor is None else of_factor.to(factor.dtype),
+        None if of_factor is None else of_factor.to(factor.dtype), None if of_bias is None else of_bias.to(bias.dtype),
     )  # fmt: skip
 
 
 def blocks(row_bytes: int, itemsize: int, tensors: bool) -> tuple[int, int, int, int]:
     """(query rows, keys, warps, stages) a tile: what compiles without spilling much on sm_80, sm_90 and sm_100.
 
-    `tensors`: a mask or a factor is read beside the scores.
+    `tensors`: a mask, a factor or a bias is read beside the scores.
     """
     if itemsize == 4 or row_bytes > 256:
         return 32, 32, 4 if row_bytes <= 256 else 8, 1
@@ -351,15 +381,16 @@ def blocks(row_bytes: int, itemsize: int, tensors: bool) -> tuple[int, int, int,
 def _example(name: str, kernel: Any, dtype: str, mask: str | None, d: int, **flags: Any) -> CompileExample:
     widths, itemsize = example_widths(d), 4 if dtype == "fp32" else 2
     block_m, block_n, warps, stages = blocks(
-        widths["BLOCK_D"] * itemsize, itemsize, mask is not None or "FACTOR" in flags
+        widths["BLOCK_D"] * itemsize, itemsize, mask is not None or bool({"FACTOR", "BIAS"} & flags.keys())
     )
-    own = {"DMASK": 0, "DFACTOR": False} if kernel is _dq_kernel else {"SCAN": SCAN}
+    own = {"DMASK": 0, "DFACTOR": False, "DBIAS": 0} if kernel is _dq_kernel else {"SCAN": SCAN}
     values = example_values(mask) | own | flags | {**widths, "BLOCK_M": block_m, "BLOCK_N": block_n}
     heads = "heads" if kernel is _dq_kernel else "kv_heads"
     signature = example_signature(dtype, mask, f"{heads} group rows keys")
     signature |= dict.fromkeys(("grad", "dq", "dk", "dv"), f"*{dtype}")
-    signature |= dict.fromkeys(("tops", "weights", "deltas", "dmask", "dfactor"), "*fp32")
+    signature |= dict.fromkeys(("tops", "weights", "deltas", "dmask", "dfactor", "dbias"), "*fp32")
     signature |= {f"{t}_{axis}": "i32" for t in ("dm", "df") for axis in ("batch", "head", "row", "key")}
+    signature |= {"db_batch": "i32", "db_head": "i32"}
     names = set(kernel.arg_names) if hasattr(kernel, "arg_names") else set(signature)
     signature = {n: kind for n, kind in signature.items() if n in names}
     return CompileExample(name, kernel, signature, values, warps, stages)
@@ -374,9 +405,12 @@ COMPILE_EXAMPLES = (
             ("in a window, 64", "fp16", None, 64, {"FIRST": True, "LAST": True, "EMPTY": ZERO}),
             ("in a window with a soft cap, 256", "bf16", None, 256, {"FIRST": True, "LAST": True, "CAP": 2}),
             ("with a mask, 64, float32", "fp32", "fp32", 64, {}),
+            ("with a bias, causal, 64", "bf16", None, 64, {"BIAS": BY_DISTANCE, "IS_CAUSAL": True}),
         )
     ),
     _example("dq, with a learned bias, 64", _dq_kernel, "bf16", "bf16", 64, DMASK=1),
+    *(_example(f"dq, with a learned bias {name}, 64", _dq_kernel, "bf16", None, 64, BIAS=by, DBIAS=by)
+      for name, by in (("by distance", BY_DISTANCE), ("by key", BY_KEY))),
     _example("dq, with a bias for all rows and a factor, 64", _dq_kernel, "bf16", "bf16", 64, DMASK=2, FACTOR=True,
              DFACTOR=True),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxopt.kernels import _triton
 from fxopt.kernels._flash_parts import (
+    BY_DISTANCE,
     UNIFORM,
     ZERO,
     Operands,
@@ -38,13 +39,14 @@ MAX_SPLITS = 64
 
 @jit
 def _split_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, mask, factor, sink, first, last, out, partial, tops, weights,
+    q, k, v, mask, factor, bias, sink, first, last, out, partial, tops, weights,
     kv_heads, group, rows, keys, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_key, v_batch, v_head, v_key, m_batch, m_head, m_row, m_key,
-    f_batch, f_head, f_row, f_key, s_batch, s_head, s_row,
+    f_batch, f_head, f_row, f_key, b_batch, b_head, s_batch, s_head, s_row,
     first_batch, first_head, first_row, last_batch, last_head, last_row,
-    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, SKIP_MINIMA: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr, DIRECT: tl.constexpr,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    SKIP_MINIMA: tl.constexpr, IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr,
+    DIRECT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +78,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     wide_row = row.to(tl.int64)
     mask_tile = mask + batch * m_batch + (head * m_head + wide_row * m_row)[:, None] + (column * m_key)[None, :]
     factor_tile = factor + batch * f_batch + (head * f_head + wide_row * f_row)[:, None] + (column * f_key)[None, :]
+    bias_tile = bias + batch * b_batch + (head * b_head - (wide_row if BIAS == 1 else 0))[:, None] + column[None, :]
     # Once, in the first split: the sink counts as one score.
     has_sink = there & (split == 0)
     top, weight = _start(sink, batch * s_batch + head * s_head + wide_row * s_row, has_sink, SINK, BLOCK_R)
@@ -126,11 +129,14 @@ def _split_kernel(  # type: ignore[no-untyped-def]
                 counts = counts | (live & flat[:, None])
         if MASK == 0 or tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0:
             factors = live
+            biases = live
             if FACTOR:
                 factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=live, other=0.0)
+            if BIAS != 0:
+                biases = tl.load(bias_tile + start, mask=live, other=0.0)
             top, weight, acc = _step(
-                q_tile, k, v, entries, factors, row, column, start, keys, scale, cap, k_key, v_key, live,
-                from_key, to_key, flat, top, weight, acc, MASK, FACTOR, CAP, IS_CAUSAL, FIRST, LAST, FLAT, True,
+                q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, live,
+                from_key, to_key, flat, top, weight, acc, MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, FLAT, True,
                 D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     at = ((batch * kv_heads * group + head) * rows + row)[:, None]
@@ -232,6 +238,7 @@ COMPILE_EXAMPLES = (
     _example("decode with a soft cap in a static cache, 256", "bf16", "bf16", 256, CAP=2),
     _example("decode with a sink in a static cache, 64", "bf16", "bf16", 64, SINK=True),
     _example("decode with a factor, 64", "fp16", "fp16", 64, FACTOR=True),
+    _example("decode of 8 rows with a bias by distance, 64", "bf16", None, 64, BIAS=BY_DISTANCE, LAST=True, EMPTY=ZERO),
     _example("decode up to a bound, 128", "bf16", None, 128, LAST=True, EMPTY=ZERO),
     _example("decode in a window, padded, 128", "bf16", "u8", 128, FIRST=True, LAST=True, EMPTY=UNIFORM),
     CompileExample(

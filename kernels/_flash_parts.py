@@ -26,6 +26,8 @@ from fxopt.kernels import _triton
 from fxopt.kernels._triton import jit, tl
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
+#: what a bias has a number for
+BY_DISTANCE, BY_KEY = 1, 2
 MASK_KINDS = {None: NO_MASK, "u8": BOOL_MASK, "fp16": FLOAT_MASK, "bf16": FLOAT_MASK, "fp32": FLOAT_MASK}
 
 #: the widest heads that the kernels serve
@@ -77,13 +79,14 @@ def _bound(x, row, rows, stride, other, GIVEN: tl.constexpr):  # type: ignore[no
 
 @jit
 def _step(  # type: ignore[no-untyped-def]
-    q, k, v, mask, factor, row, column, start, keys, scale, cap, k_key, v_key, live, first, last, flat,
+    q, k, v, mask, factor, bias, row, column, start, keys, scale, cap, k_key, v_key, live, first, last, flat,
     top, weight, acc,
-    MASK: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, FLAT: tl.constexpr, EDGE: tl.constexpr,
+    MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, EDGE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys taken into (m, l, acc). `mask` and `factor` are the tile's part of them, loaded (or anything).
+    """One tile of keys taken into (m, l, acc). `mask`, `factor` and `bias` are the tile's part of them, loaded (or
+    anything).
 
     Without EDGE all keys of the tile are there, and within the bounds of every row. With FLAT the rows in `flat` have
     the same score everywhere.
@@ -112,6 +115,8 @@ def _step(  # type: ignore[no-untyped-def]
         s *= factor.to(tl.float32)
     if CAP != 0:
         s = _tanh(s / cap, CAP) * cap
+    if BIAS != 0:
+        s += bias.to(tl.float32)
     if MASK == 2:
         s += mask.to(tl.float32)
     if EDGE or MASK == 1:
@@ -160,8 +165,9 @@ def _divide(acc, weight, EMPTY: tl.constexpr):  # type: ignore[no-untyped-def]
 class Operands:
     """The op's tensors as the kernels take them: float32 or narrower, q, k and v of one dtype and dense at the end.
 
-    `strides` are those of q, k, v (batch, head, row), mask and factor (batch, head, row, key), sink (batch, head, row)
-    and of the bounds (batch, head, row), in this order, 0 where a tensor is broadcast. What isn't given is None.
+    `strides` are those of q, k, v (batch, head, row), mask and factor (batch, head, row, key), bias (batch, head), sink
+    and bounds (batch, head, row), in this order, 0 where a tensor is broadcast. What isn't given is None. A bias is
+    dense at the end; one by distance begins, as it is here, at distance 0, and those below zero lie before it.
     """
 
     q: Tensor
@@ -169,6 +175,7 @@ class Operands:
     v: Tensor
     mask: Tensor | None
     factor: Tensor | None
+    bias: Tensor | None
     sink: Tensor | None
     first: Tensor | None
     last: Tensor | None
@@ -178,7 +185,7 @@ class Operands:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, q in place of those that aren't there (a kernel won't read it)."""
-        optional = (self.mask, self.factor, self.sink, self.first, self.last)
+        optional = (self.mask, self.factor, self.bias, self.sink, self.first, self.last)
         return (self.q, self.k, self.v, *(self.q if t is None else t for t in optional))
 
     @property
@@ -187,7 +194,8 @@ class Operands:
         found: list[int] = []
         for t, n in zip((self.q, self.k, self.v), (3, 3, 3), strict=True):
             found += t.stride()[:n]
-        for optional, n in ((self.mask, 4), (self.factor, 4), (self.sink, 3), (self.first, 3), (self.last, 3)):
+        four = ((self.mask, 4), (self.factor, 4), (self.bias, 2), (self.sink, 3), (self.first, 3), (self.last, 3))
+        for optional, n in four:
             found += (0,) * n if optional is None else optional.stride()[:n]
         return tuple(found)
 
@@ -211,6 +219,7 @@ def operands(
     factor: Tensor | None,
     first: Tensor | None,
     last: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Operands:
     """The op's arguments as kernels take them. Nothing broadcast is copied; q, k and v are if their end isn't dense."""
     batch, heads, rows, _ = q.shape
@@ -226,6 +235,10 @@ def operands(
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
         mask = mask.expand(shape)
     factor = None if factor is None else _single(factor).expand(shape)
+    by = 0
+    if bias is not None:
+        by = BY_KEY if bias.shape[-1] == shape[3] else BY_DISTANCE
+        bias = at_zero(_dense(_single(bias)), by, shape)
     sink = None if sink is None else _single(sink).expand(*shape[:3], 1)
     first, last = (None if t is None else t.expand(shape[:3]) for t in (first, last))
     # A float mask that leaves a row empty says itself what it is, and beside a sink none is.
@@ -233,8 +246,14 @@ def operands(
     empty = {"nan": NAN, "zero": ZERO, "uniform": UNIFORM if fills and sink is None else NAN}[empty_rows]
     cap = 0 if softcap is None else 2 if common == torch.bfloat16 and q.is_cuda else 1
     flags = {"MASK": kind, "FACTOR": factor is not None, "CAP": cap, "SINK": sink is not None, "IS_CAUSAL": is_causal}
-    flags |= {"FIRST": first is not None, "LAST": last is not None, "EMPTY": empty}
-    return Operands(q, k, v, mask, factor, sink, first, last, skip_minima, flags)
+    flags |= {"BIAS": by, "FIRST": first is not None, "LAST": last is not None, "EMPTY": empty}
+    return Operands(q, k, v, mask, factor, bias, sink, first, last, skip_minima, flags)
+
+
+def at_zero(bias: Tensor, by: int, shape: tuple[int, int, int, int]) -> Tensor:
+    """[B, Hq, ...] of a bias, for scores of `shape`: from its first key on, or distance 0, to be read around it."""
+    bias = bias.expand(*shape[:2], bias.shape[-1])
+    return bias[..., shape[2] - 1 :] if by == BY_DISTANCE else bias
 
 
 def _single(x: Tensor) -> Tensor:
@@ -260,7 +279,10 @@ def example_signature(dtype: str, mask: str | None, sizes: str) -> dict[str, str
     strides = [f"{t}_{axis}" for t, last in zip("qkvm", ("row", "key", "key", "row"), strict=True)
                for axis in ("batch", "head", last)]  # fmt: skip
     plain = [f"{t}_{axis}" for t in ("f", "s", "first", "last") for axis in ("batch", "head", "row")]
-    pointers = {**dict.fromkeys(("q", "k", "v", "out", "factor", "sink"), f"*{dtype}"), "mask": f"*{mask or dtype}"}
+    plain += ["b_batch", "b_head"]
+    pointers = dict.fromkeys(("q", "k", "v", "out", "factor", "bias", "sink"), f"*{dtype}") | {
+        "mask": f"*{mask or dtype}"
+    }
     pointers |= dict.fromkeys(("first", "last"), "*i64")
     numbers = {"scale": "fp32", "cap": "fp32", **dict.fromkeys(sizes.split(), "i32")}
     return {**pointers, **numbers, **dict.fromkeys(strides, "i32:16"), **dict.fromkeys(plain, "i32")}
@@ -273,5 +295,5 @@ def example_widths(d: int) -> dict[str, int]:
 
 def example_values(mask: str | None, **flags: Any) -> dict[str, Any]:
     """The flags, those not named off."""
-    plain = {"FACTOR": False, "CAP": 0, "SINK": False, "IS_CAUSAL": False, "FIRST": False, "LAST": False, "EMPTY": NAN}
-    return {"MASK": MASK_KINDS[mask], **plain, "m_key": 1, "f_key": 1, **flags}
+    plain = dict.fromkeys(("FACTOR", "SINK", "IS_CAUSAL", "FIRST", "LAST"), False) | {"CAP": 0, "EMPTY": NAN}
+    return {"MASK": MASK_KINDS[mask], "BIAS": 0, **plain, "m_key": 1, "f_key": 1, **flags}

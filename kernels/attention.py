@@ -10,6 +10,9 @@ On the way to the softmax scores may be multiplied by a tensor, capped softly (G
 
     s = scale · q kᵀ · factor;  s = c · tanh(s / c);  s = s + mask;  weights = softmax([s, sink])[:N]
 
+A bias that depends on the distance of key and row only (T5's relative positions, ALiBi), or only on the key, is given
+as the M + N - 1 or N numbers that it holds: `bias`. Neither a kernel nor what calls it makes M x N numbers of them.
+
 A row's keys may be bounded: `first` and `last`, one number a row, say what causality with an offset, sliding windows,
 chunks, caches that are filled in part and packed sequences say, without a mask of M x N elements.
 
@@ -34,7 +37,15 @@ from torch import Tensor
 
 from fxopt.graph.symbols import hint, known_equal, known_true
 from fxopt.kernels import _attention_sdpa, _flash, attention_training
-from fxopt.kernels._attention_sdpa import ABSORBING, causal, group_rows, repeat_heads, with_bounds, within_bounds
+from fxopt.kernels._attention_sdpa import (
+    ABSORBING,
+    causal,
+    group_rows,
+    repeat_heads,
+    spread,
+    with_bounds,
+    within_bounds,
+)
 from fxopt.kernels._flash_decode import MAX_DECODE_ROWS
 from fxopt.kernels._flash_parts import MAX_WIDTH as MAX_WIDTH
 from fxopt.kernels._triton import needs_gpu
@@ -45,7 +56,7 @@ from fxopt.ops import Target, fused_op
 @fused_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False,"
     ' str empty_rows="nan", float? softcap=None, Tensor? sink=None, Tensor? factor=None, Tensor? first=None,'
-    " Tensor? last=None) -> Tensor",
+    " Tensor? last=None, Tensor? bias=None) -> Tensor",
     sources=attention_training.SOURCES,
     contiguous=True,
 )
@@ -62,6 +73,7 @@ def attention(
     factor: Tensor | None = None,
     first: Tensor | None = None,
     last: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of `q` [B, Hq, M, D] over `k` [B, Hkv, N, D] and `v` [B, Hkv, N, Dv]; Hq is a multiple of Hkv.
 
@@ -71,9 +83,12 @@ def attention(
     `empty_rows` is the result of rows in which every score is -inf: "nan" or "zero". With "uniform" a boolean mask
     fills in a huge finite number in place of -inf, so rows that it masks throughout are averages.
     `factor` (broadcasts to [B, Hq, M, N]) multiplies the scaled scores and `softcap` keeps them within +-softcap, both
-    before the mask. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key that takes weight and has no value.
+    before the mask. `bias` is a float that is added before the mask, finite where `empty_rows` is "uniform". It
+    broadcasts to [B, Hq, N], a number for each key, or to [B, Hq, M + N - 1], a number for each distance of key j and
+    row i: that at j - i + M - 1. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key that takes weight and has
+    no value.
     """
-    dtypes = [t.dtype for t in (q, k, v, mask, sink, factor) if t is not None]
+    dtypes = [t.dtype for t in (q, k, v, mask, sink, factor, bias) if t is not None]
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
     heads, rows = q.shape[1], q.shape[2]
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -83,6 +98,8 @@ def attention(
         scores = scores * factor.to(compute)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + spread(bias.to(compute), rows, keys)
     if mask is not None:
         filling = ABSORBING if empty_rows == "uniform" else -torch.inf
         scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask.to(compute)
@@ -133,11 +150,13 @@ def _triton_unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 
 def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
     """The one place that says where the Triton kernels are preferred: for few rows over many keys, and where SDPA
-    can't help, would need the bounds of many rows as a mask, or the sink as a key, which costs a copy of K and V, half
-    a tile of width and a mask."""
-    _, _, _, softcap, sink, factor, first, last = rest
+    can't help, would need the bounds or the bias of many rows as a mask, or the sink as a key, which costs a copy of K
+    and V, half a tile of width and a mask."""
+    _, _, _, softcap, sink, factor, first, last, bias = rest
     bounded = first is not None or last is not None
-    if _beyond_sdpa(softcap, factor) is not None or sink is not None or (bounded and _many(q, k)):  # type: ignore[arg-type]
+    if _beyond_sdpa(softcap, factor) is not None or sink is not None:  # type: ignore[arg-type]
+        return None
+    if (bounded or bias is not None) and _many(q, k):
         return None
     if not target.compiled:
         return "op by op, SDPA's launch costs the host less"
@@ -159,15 +178,15 @@ def _many(q: Tensor, k: Tensor) -> bool:
 @attention.draw
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *rest: Any) -> tuple[Any, ...]:
     """Normal numbers, masks that leave everything live, and bounds that are those of causality."""
-    *middle, sink, factor, first, last = rest
-    drawn = [None if t is None else _drawn(t) for t in (q, k, v, mask, sink, factor)]
+    *middle, sink, factor, first, last, bias = rest
+    drawn = [None if t is None else _drawn(t) for t in (q, k, v, mask, sink, factor, bias)]
     if first is not None:
         first = torch.zeros(first.shape, dtype=first.dtype)
     if last is not None:
         each = last.dim() > 0 and last.shape[-1] == q.shape[2]
         rows = torch.arange(q.shape[2]) if each else torch.tensor(q.shape[2] - 1)
         last = (rows + k.shape[2] - q.shape[2]).to(last.dtype).expand(last.shape)
-    return (*drawn[:4], scale, *middle, *drawn[4:], first, last)
+    return (*drawn[:4], scale, *middle, *drawn[4:6], first, last, drawn[6])
 
 
 def _drawn(like: Tensor) -> Tensor:
@@ -188,14 +207,14 @@ attention.implementation(
 def _trained_objection(
     target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
 ) -> str | None:
-    _, is_causal, _, softcap, sink, factor, first, last = rest
+    _, is_causal, _, softcap, sink, factor, first, last, bias = rest
     if not target.training:
         return "it is for gradients"
     if not target.opaque:
         return 'with tune="off" only what the compiler sees into is used'
     bounded = (first is not None or last is not None) and _many(q, k)
     # What SDPA is told instead of a sink is one more key, beside which causality and bounds are a mask.
-    masks = sink is not None and (bool(is_causal) or bounded)
+    masks = (sink is not None and (bool(is_causal) or bounded)) or bias is not None
     if _beyond_sdpa(softcap, factor) is None and not bounded and not masks:  # type: ignore[arg-type]
         return "SDPA has a backward for it that stores no scores"
     return unable(target, q, k, v, mask, *rest)
@@ -208,7 +227,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
 
 
 def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
-    scale, _, empty_rows, softcap, sink, factor, first, last = rest
+    scale, _, empty_rows, softcap, sink, factor, first, last, bias = rest
     beyond = _beyond_sdpa(softcap, factor)  # type: ignore[arg-type]
     if beyond is not None:
         return beyond
@@ -217,6 +236,8 @@ def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
         return f"a sink as one more key copies K and V, too much for fewer than {SINK_ROWS} rows"
     if not known_true(scale > 0):  # type: ignore[operator]
         return "SDPA's flash kernels take the maximum before scaling, which needs a positive scale"
+    if target.training and bias is not None:
+        return "SDPA differentiates a bias as a mask of as many elements as there are scores"
     if target.training and _adds(mask) and empty_rows != "zero" and sink is None:
         return "flash kernels give rows that are masked by a finite number other gradients"
     if target.training and _fills(mask, empty_rows, sink, first, last):
@@ -237,15 +258,15 @@ def _fills(mask: Tensor | None, empty_rows: object, sink: object, first: object,
 def _filled_objection(
     target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
 ) -> str | None:
-    _, _, empty_rows, _, sink, _, first, last = rest
-    if not (target.training and _fills(mask, empty_rows, sink, first, last)) or _adds(mask):
+    _, _, empty_rows, _, sink, _, first, last, bias = rest
+    if not (target.training and _fills(mask, empty_rows, sink, first, last)) or _adds(mask) or bias is not None:
         return "it is for gradients of rows that a boolean mask may leave empty"
     return _sdpa_objection(replace(target, training=False), q, k, v, mask, *rest)
 
 
 @attention.implementation("sdpa_filled", when=_filled_objection)
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *rest: Any) -> Tensor:
-    empty_rows, _, _, _, first, last = rest
+    empty_rows, _, _, _, first, last, _ = rest
     if q.device.type != "cpu":
         k, v = repeat_heads(q, k), repeat_heads(q, v)  # see sdpa_repeated
     mask = with_bounds(mask, first, last, k.shape[2], empty_rows)
@@ -256,8 +277,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
 def _as_given_objection(
     target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
 ) -> str | None:
-    _, is_causal, empty_rows, softcap, sink, factor, first, last = rest
-    if not (target.training and _adds(mask) and empty_rows == "zero") or is_causal or not first is last is None:
+    _, is_causal, empty_rows, softcap, sink, factor, first, last, bias = rest
+    if not (target.training and _adds(mask) and empty_rows == "zero") or is_causal or not first is last is bias is None:
         return "it is for gradients of SDPA calls with a float mask: those of the kernel that eager mode runs"
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         return "SDPA takes operands of one dtype"
@@ -278,7 +299,7 @@ def _repeated_objection(
     target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object
 ) -> str | None:
     """Of a GPU's kernels that take a mask and save no scores, not all group heads; SDPA's last resort saves them."""
-    masked = mask is not None or any(bound is not None for bound in rest[-2:])
+    masked = mask is not None or any(bound is not None for bound in rest[-3:-1])
     if not target.training or target.device.type == "cpu" or not masked or known_equal(q.shape[1], k.shape[1]):
         return "heads need repeating only for gradients under a mask, on a GPU"
     return _sdpa_objection(target, q, k, v, mask, *rest)
@@ -291,8 +312,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
 
 @attention.implementation("sdpa", when=_sdpa_objection)
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, *rest: Any) -> Tensor:
-    empty_rows, _, sink, _, first, last = rest
-    return _attention_sdpa.attend(q, k, v, mask, scale, is_causal, empty_rows, sink, first, last)
+    empty_rows, _, sink, _, first, last, bias = rest
+    return _attention_sdpa.attend(q, k, v, mask, scale, is_causal, empty_rows, sink, first, last, bias)
 
 
 @attention.implementation("decomposed")
@@ -309,6 +330,7 @@ def _(
     factor: Tensor | None,
     first: Tensor | None,
     last: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """Spelled out as models do it: scores in their operands' dtype. ATen's softmax computes in at least float32.
 
@@ -322,6 +344,8 @@ def _(
         scores = scores * factor
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + spread(bias, rows, k.shape[2])
     if mask is not None:
         filling = torch.finfo(scores.dtype).min if empty_rows == "uniform" else -torch.inf
         scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask

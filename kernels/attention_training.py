@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.graph.symbols import known_true
+from fxopt.graph.symbols import known_equal, known_true
 from fxopt.kernels import _attention_sdpa, _flash, _flash_backward, _flash_decode, _flash_parts, _flash_tiles, _triton
-from fxopt.kernels._attention_sdpa import causal, group_rows, within_bounds
+from fxopt.kernels._attention_sdpa import causal, group_rows, spread, within_bounds
 from fxopt.kernels._flash_parts import MAX_WIDTH
 from fxopt.ops import Target, fused_op
 
@@ -25,7 +25,7 @@ _MODULES = (_triton, _flash, _flash_backward, _flash_decode, _flash_parts, _flas
 SOURCES = [__file__, *(str(module.__file__) for module in _MODULES)]
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, str empty_rows, float? softcap,"
-    " Tensor? sink, Tensor? factor, Tensor? first, Tensor? last"
+    " Tensor? sink, Tensor? factor, Tensor? first, Tensor? last, Tensor? bias"
 )
 
 
@@ -43,13 +43,14 @@ def attention_stats(
     factor: Tensor | None,
     first: Tensor | None,
     last: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The result of the op `attention` (see there), and float32 or float64 [2, B, Hq, M].
 
     The second are the maximum score of each row, -inf where it has none, and the sum of exp(score - maximum), 0 there;
     rows that are averages because nothing is live in them count as such. A sink is one of the scores.
     """
-    _, _, scores, live = _scores(q, k, mask, scale, is_causal, softcap, factor, first, last)
+    _, _, scores, live = _scores(q, k, mask, scale, is_causal, softcap, factor, first, last, bias)
     columns = scores if sink is None else torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:3], 1)], -1)
     top = columns.amax(-1, keepdim=True)
     weight = torch.exp(columns - torch.where(top == -torch.inf, 0.0, top)).sum(-1, keepdim=True)
@@ -70,6 +71,7 @@ def _scores(
     factor: Tensor | None,
     first: Tensor | None,
     last: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """scale · q kᵀ, d(capped) / d(multiplied), the scores with -inf where nothing is live, and what is live."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -80,6 +82,8 @@ def _scores(
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped * capped
+    if bias is not None:
+        scores = scores + spread(bias.to(wide), q.shape[2], keys)
     live = within_bounds(first, last, keys)
     if is_causal:
         below = causal(q.shape[2], keys, q.device)
@@ -105,7 +109,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 def unserved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> str | None:
     """Why no Triton kernel, forward or backward, serves these arguments of `attention`, wherever they are."""
-    _, is_causal, empty_rows, _, sink, _, first, last = rest
+    _, is_causal, empty_rows, _, sink, _, first, last, _ = rest
     bounded = first is not None or last is not None
     adds = mask is not None and mask.dtype != torch.bool
     if (
@@ -123,7 +127,7 @@ def unserved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -
 
 def unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> str | None:
     """Why the Triton kernels can't serve these arguments, where they are run with gradients."""
-    _, _, empty_rows, _, sink, _, first, last = rest
+    _, _, empty_rows, _, sink, _, first, last, _ = rest
     fills = first is not None or last is not None or (mask is not None and mask.dtype == torch.bool)
     if sink is None and fills and empty_rows == "nan":
         return "rows that a fill empties have gradients that the Triton kernel does not give"
@@ -137,21 +141,21 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @attention_stats.gradient
 def _(args: Any, results: Any, grads: Any, wanted: Any) -> list[Tensor | None]:
-    mask, sink, factor = args[3], args[8], args[9]
+    mask, sink, factor, bias = args[3], args[8], args[9], args[12]
     out, stats = results
-    extras = [mask is not None and wanted[3], sink is not None and wanted[8], factor is not None and wanted[9]]
+    extras = [t is not None and wanted[i] for t, i in ((mask, 3), (sink, 8), (factor, 9), (bias, 12))]
     given: list[Tensor | None] = [None] * len(args)
     if grads[0] is None:
         return given
     found = attention_gradients(grads[0], out, stats, *extras, *args)
-    for place, gradient, needed in zip((0, 1, 2, 3, 8, 9), found, [*wanted[:3], *extras], strict=True):
+    for place, gradient, needed in zip((0, 1, 2, 3, 8, 9, 12), found, [*wanted[:3], *extras], strict=True):
         given[place] = gradient if needed else None
     return given
 
 
 @fused_op(
     "attention_gradients(Tensor grad, Tensor out, Tensor stats, bool of_mask, bool of_sink, bool of_factor,"
-    f" {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" bool of_bias, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     sources=SOURCES,
     contiguous=True,
 )
@@ -162,6 +166,7 @@ def attention_gradients(
     of_mask: bool,
     of_sink: bool,
     of_factor: bool,
+    of_bias: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -174,12 +179,13 @@ def attention_gradients(
     factor: Tensor | None,
     first: Tensor | None,
     last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, mask, sink and factor, given that of the result; an empty tensor where not asked for.
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, mask, sink, factor and bias, given the result's; an empty tensor where not asked for.
 
     `out` and `stats` are the results of `attention_stats` for the same arguments.
     """
-    raw, slope, scores, live = _scores(q, k, mask, scale, is_causal, softcap, factor, first, last)
+    raw, slope, scores, live = _scores(q, k, mask, scale, is_causal, softcap, factor, first, last, bias)
     wide, (batch, heads, rows, _), kv_heads = scores.dtype, q.shape, k.shape[1]
     top, weight, grad = stats[0][..., None], stats[1][..., None], grad.to(scores.dtype)
     shares = _shares(scores, top, weight, empty_rows)
@@ -202,6 +208,7 @@ def attention_gradients(
     return (  # type: ignore[return-value]
         *(d.to(t.dtype) for d, t in ((dq, q), (dk, k), (dv, v))),
         *(q.new_empty(0) if t is None or not asked else _summed(d, t) for t, asked, d in extras),
+        q.new_empty(0) if bias is None or not of_bias else _gathered(of_scores, bias),
     )
 
 
@@ -210,10 +217,21 @@ def _summed(gradient: Tensor, tensor: Tensor) -> Tensor:
     return gradient.sum_to_size((1,) * (4 - tensor.dim()) + tensor.shape).reshape(tensor.shape).to(tensor.dtype)
 
 
+def _gathered(gradient: Tensor, bias: Tensor) -> Tensor:
+    """A gradient of what was added to the scores [B, Hq, M, N], as that of a bias by key or by distance."""
+    rows, keys = gradient.shape[2:]
+    if known_equal(bias.shape[-1], keys):
+        return gradient.sum(2).sum_to_size(bias.shape).to(bias.dtype)
+    row, key = torch.arange(rows, device=bias.device), torch.arange(keys, device=bias.device)
+    distance = (key + (rows - 1 - row)[:, None]).flatten()
+    sums = gradient.new_zeros(*gradient.shape[:2], bias.shape[-1]).index_add(-1, distance, gradient.flatten(2))
+    return sums.sum_to_size(bias.shape).to(bias.dtype)
+
+
 @attention_gradients.fake
 def _(grad: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    of_mask, of_sink, of_factor, q, k, v, mask, *_, sink, factor, _, _ = rest
-    extras = ((mask, of_mask), (sink, of_sink), (factor, of_factor))
+    of_mask, of_sink, of_factor, of_bias, q, k, v, mask, *_, sink, factor, _, _, bias = rest
+    extras = ((mask, of_mask), (sink, of_sink), (factor, of_factor), (bias, of_bias))
     return (
         *(t.new_empty(t.shape) for t in (q, k, v)),
         *(t.new_empty(t.shape) if wanted else q.new_empty(0) for t, wanted in extras),
@@ -221,11 +239,11 @@ def _(grad: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...
 
 
 def _gradients_unable(target: Target, *args: Any) -> str | None:
-    return unable(target, *args[6:])
+    return unable(target, *args[7:])
 
 
 @attention_gradients.implementation("triton", opaque=True, when=_gradients_unable)
 def _(grad: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    of_mask, of_sink, of_factor, q, k, v, *more = rest
-    found = _flash_backward.flash_backward(grad, out, stats, (of_mask, of_sink, of_factor), q, k, v, *more)
+    *wanted, q, k, v = rest[:7]
+    found = _flash_backward.flash_backward(grad, out, stats, tuple(wanted), q, k, v, *rest[7:])
     return tuple(q.new_empty(0) if t is None else t for t in found)

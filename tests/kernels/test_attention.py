@@ -262,7 +262,7 @@ def test_dynamic_shapes(implementation):
     run = named[implementation]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda q, k, v, mask: run(q, k, v, mask, 0.3, False, "nan", *[None] * 5),
+        lambda q, k, v, mask: run(q, k, v, mask, 0.3, False, "nan", *[None] * 6),
         backend=counter, dynamic=True, fullgraph=True,
     )  # fmt: skip
     for rows, keys in ((3, 5), (6, 9), (4, 11)):

@@ -307,4 +307,4 @@ def test_what_the_tuner_draws_is_causal(rows):
     args = attention.bind(q, k, v, None, 0.3, first=bound, last=bound)
     made = attention.drawn(*args)
     assert [getattr(t, "shape", t) for t in made] == [getattr(t, "shape", t) for t in args]
-    assert torch.equal(live_of(*made[10:], 9)[0, 0], torch.ones(rows, 9).tril(9 - rows).bool())
+    assert torch.equal(live_of(*made[10:12], 9)[0, 0], torch.ones(rows, 9).tril(9 - rows).bool())

@@ -14,7 +14,9 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 INF = float("inf")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 B, HQ, HKV = 2, 4, 2
-NAMES = ("q", "k", "v", "mask", "scale", "is_causal", "empty_rows", "softcap", "sink", "factor", "first", "last")
+NAMES = (
+    "q", "k", "v", "mask", "scale", "is_causal", "empty_rows", "softcap", "sink", "factor", "first", "last", "bias",
+)  # fmt: skip
 
 
 def settings(rows, keys, dtype=F32, device="cpu"):
@@ -37,6 +39,9 @@ def settings(rows, keys, dtype=F32, device="cpu"):
         "bias": {"mask": randn(1, HQ, rows, keys)},
         "bias a key": {"mask": randn(B, 1, 1, keys)},
         "bias and soft cap": {"mask": randn(rows, keys), "softcap": 3.0},
+        "bias by distance": {"bias": randn(1, HQ, rows + keys - 1)},
+        "bias by distance, causal, padded": {"bias": randn(B, 1, rows + keys - 1), "mask": padding, "is_causal": True},
+        "a key's own bias and a mask": {"bias": randn(B, HQ, keys), "mask": randn(1, HQ, rows, keys)},
         "padding": {"mask": padding},
         "padding added": {"mask": torch.zeros(padding.shape, device=device, dtype=dtype).masked_fill(~padding, low)},
         "window": {"first": i + keys - rows - 20, "last": i + keys - rows},
@@ -49,8 +54,15 @@ def settings(rows, keys, dtype=F32, device="cpu"):
     }
 
 
+def dense(bias, rows, keys):
+    """A bias by key or by distance for every score, copied row by row."""
+    if bias.shape[-1] == keys:
+        return bias[:, :, None].expand(-1, -1, rows, -1)
+    return torch.stack([bias[..., rows - 1 - i : rows - 1 - i + keys] for i in range(rows)], 2)
+
+
 def exact(q, k, v, mask=None, scale=0.3, is_causal=False, empty_rows="zero", softcap=None, sink=None, factor=None,
-          first=None, last=None):  # fmt: skip
+          first=None, last=None, bias=None):  # fmt: skip
     """Spelled out in the dtype of q. A fill stops gradients: where nothing is live, q and k get none."""
     dtype, (rows, keys) = q.dtype, (q.shape[2], k.shape[2])
     k, v = (t.repeat_interleave(HQ // HKV, 1) for t in (k, v))
@@ -58,6 +70,7 @@ def exact(q, k, v, mask=None, scale=0.3, is_causal=False, empty_rows="zero", sof
     s = s if factor is None else s * factor
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
     key = torch.arange(keys, device=q.device)
+    s = s if bias is None else s + dense(bias, rows, keys)
     live = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=q.device)
     live = live.tril() if is_causal else live
     live = live if first is None else live & (key >= first[..., None])
@@ -123,7 +136,7 @@ def test_gradients_against_float64(assert_as_good_as, triton_device, monkeypatch
     compare(assert_as_good_as, by_kernels(monkeypatch), rows, keys, kind, dtype, triton_device)
 
 
-@pytest.mark.parametrize("kind", ["window, soft cap, sink", "bias"])
+@pytest.mark.parametrize("kind", ["window, soft cap, sink", "bias", "bias by distance"])
 def test_gradients_in_float16(assert_as_good_as, triton_device, monkeypatch, kind):
     compare(assert_as_good_as, by_kernels(monkeypatch), 70, 90, kind, F16, triton_device)
 
@@ -165,7 +178,7 @@ def test_strides(triton_device, monkeypatch):
     torch.testing.assert_close(ours[1], {n: g.float() for n, g in theirs[1].items()}, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["soft cap", "sink a head", "bias", "window", "factor"])
+@pytest.mark.parametrize("kind", ["soft cap", "sink a head", "bias", "window", "factor", "bias by distance"])
 def test_opcheck(kind):
     rows, keys = 5, 9
     given = dict(zip("qkv", case(rows, keys, F32, width=4), strict=True))
@@ -173,7 +186,7 @@ def test_opcheck(kind):
     args = [given.get(name) for name in NAMES]
     torch.library.opcheck(attention_stats.overload, tuple(args))
     out, stats = attention_stats(*args)
-    wanted = [isinstance(given.get(n), torch.Tensor) for n in ("mask", "sink", "factor")]
+    wanted = [isinstance(given.get(n), torch.Tensor) for n in ("mask", "sink", "factor", "bias")]
     torch.library.opcheck(attention_gradients.overload, (torch.randn_like(out), out, stats, *wanted, *args))
 
 
@@ -188,6 +201,8 @@ TRAINED = Target(CUDA, training=True)
     (TRAINED, 1024, {"sink": True}, "sdpa"),
     (TRAINED, 64, {"first": True}, "sdpa_repeated"),
     (TRAINED, 1024, {"is_causal": True}, "sdpa"),
+    (TRAINED, 1024, {"bias": True}, "triton_trained"),
+    (Target(CPU, training=True), 1024, {"bias": True}, "decomposed"),
     (TRAINED, 1024, {"first": True, "empty_rows": "nan"}, "sdpa_filled"),
     (Target(CUDA), 1024, {"softcap": 3.0}, "triton"),
     (Target(CPU, training=True), 1024, {"softcap": 3.0}, "decomposed"),
@@ -198,7 +213,7 @@ def test_where_it_is_chosen(target, rows, more, chosen):
     q, k, v = case(rows, 1024, BF16)
     v = v[..., :16]
     made = {"first": torch.zeros(1, 1, rows, dtype=torch.int64), "sink": torch.zeros(1, HQ, 1, 1)}
-    made |= {"factor": torch.ones(1, 1, 1, 1024)}
+    made |= {"factor": torch.ones(1, 1, 1, 1024), "bias": torch.ones(1, HQ, rows + 1023)}
     given = {n: made[n] if value is True and n in made else value for n, value in more.items()}
     args = attention.bind(q, k, v, None, 0.3, **({"empty_rows": "zero"} | given))
     assert attention.select(target, *args)[0].name == chosen
@@ -225,7 +240,7 @@ def test_it_is_differentiated_by_aotautograd(dynamic):
     named = {i.name: i.run for i in attention.implementations}
 
     def program(q, k, v, first):
-        return named["triton_trained"](q, k, v, None, 0.3, False, "zero", 3.0, None, None, first, None)
+        return named["triton_trained"](q, k, v, None, 0.3, False, "zero", 3.0, None, None, first, None, None)
 
     torch._dynamo.reset()
     compiled = torch.compile(program, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -248,10 +263,10 @@ def test_rows_that_are_averages_of_some_keys_only_are_not_for_the_kernels():
     q, bound, added = torch.randn(1, 2, 4, 16), torch.arange(4), torch.zeros(1, 1, 4, 4)
     causal, free = (0.5, True, "uniform", None, None, None), (0.5, False, "uniform", None, None, None)
     for mask, rest in (
-        (added, (*free, None, bound)),
-        (None, (*causal, None, bound)),
-        (added > 0, (*causal, None, None)),
+        (added, (*free, None, bound, None)),
+        (None, (*causal, None, bound, None)),
+        (added > 0, (*causal, None, None, None)),
     ):
         assert "over all keys" in unserved(q, q, q, mask, *rest)
-    assert unserved(q, q, q, None, *free, None, bound) is None
-    assert unserved(q, q, q, added, *free, None, None) is None
+    assert unserved(q, q, q, None, *free, None, bound, None) is None
+    assert unserved(q, q, q, added, *free, None, None, None) is None

@@ -114,7 +114,7 @@ def inputs(rows=ROWS, keys=KEYS, left=11):
 
 
 def arguments_of(args):
-    args = (*args, *[None] * (12 - len(args)))
+    args = (*args, *[None] * (13 - len(args)))
     mask = None if args[3] is None else tuple(args[3].meta["val"].shape)
     return args[5], args[10] is not None, args[11] is not None, mask
 

@@ -143,7 +143,7 @@ def test_second_derivatives_of_arguments_that_depend_on_each_other():
 
 def test_a_declared_gradient_is_used_and_can_be_differentiated_itself():
     _, args = attend("bias", empty_rows="zero")
-    wanted, fill = split([*args, 2.0, None, None, None, None])
+    wanted, fill = split([*args, 2.0, None, None, None, None, None])
 
     def result(*values):
         return attention_stats(*fill(values))[0]
@@ -157,7 +157,7 @@ def test_a_declared_gradient_is_used_and_can_be_differentiated_itself():
         torch.autograd.grad(result(*wanted).sum(), wanted[0])
     finally:
         attention_stats._gradient = declared
-    assert called == [tuple(i < 4 for i in range(12))]
+    assert called == [tuple(i < 4 for i in range(13))]
 
 
 def test_a_gradient_must_be_where_the_ops_name_covers_it():
