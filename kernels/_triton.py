@@ -73,12 +73,13 @@ def jit(fn: Callable[..., Any]) -> Any:
 def after_launch(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """What a kernel begins with that may be launched before its predecessor is done (`dependent_launch`).
 
-    From here on the next kernel may be launched likewise, and nothing was read or written yet: all that came before in
-    the stream is done when this returns, so that only launches overlap, whatever kernels surround it.
+    Before it nothing may be read or written: when it returns, all that came before in the stream is done. Only then may
+    the next kernel be launched likewise. Inductor's own kernels (`triton.enable_pdl`) rely on that order: what they
+    take from further back than their predecessor they read without waiting.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def dependent_launch(x: Tensor) -> dict[str, bool]:

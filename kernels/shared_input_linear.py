@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, served
+from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, send_for, served
 from fxopt.kernels._triton import CompileExample, after_launch, dependent_launch, jit, tl
 from fxopt.kernels.gated_mlp import activate, gated_activation
 from fxopt.ops import Config, Target, fused_op
@@ -172,8 +172,9 @@ def _gated_linear_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs a program: both layers' products, one after the other, and the activation in registers."""
-    after_launch(PDL)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    send_for(w0, n, k, s0, output, 0, PDL, BLOCK_N)
+    after_launch(PDL)
     gate = product(
         x, w0, norm, rows, n, k, 0, k, x_row, s0, output, eps, offset,
         NORM, WEIGHTED, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -199,7 +200,6 @@ def _shared_linear_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one of the layers a program, for all rows. Which layer is decided once, before the loop."""
-    after_launch(PDL)
     block = tl.program_id(0)
     w, b, y, n, stride, biased = w0, b0, y0, n0, s0, BIAS0
     if block >= blocks0 + blocks1:
@@ -209,6 +209,8 @@ def _shared_linear_kernel(  # type: ignore[no-untyped-def]
         block -= blocks0
         w, b, y, n, stride, biased = w1, b1, y1, n1, s1, BIAS1
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    send_for(w, n, k, stride, output, 0, PDL, BLOCK_N)
+    after_launch(PDL)
     total = product(
         x, w, norm, rows, n, k, 0, k, x_row, stride, output, eps, offset,
         NORM, WEIGHTED, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -299,33 +301,38 @@ linear_triple.implementation("decomposed")(linear_triple.reference)
 gated_linear.implementation("decomposed")(gated_linear.reference)
 
 
-def _example(name: str, dtype: str, rows: int, norm: bool = False, **config: int) -> CompileExample:
+def _example(name: str, dtype: str, rows: int, norm: bool = False, pdl: bool = False, **config: int) -> CompileExample:
     names = ("x", "norm", "w0", "w1", "w2", "b0", "b1", "b2", "y0", "y1", "y2")
     signature = dict.fromkeys(names, f"*{dtype}") | {"rows": "i32", "eps": "fp32", "offset": "fp32"}
     signature |= dict.fromkeys(("n0", "n1", "n2", "k", "x_row", "s0", "s1", "s2"), "i32:16")
     signature |= dict.fromkeys(("blocks0", "blocks1"), "i32")
     chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
-    values = {"BIAS0": 1, "BIAS1": 0, "BIAS2": 1, "NORM": norm, "WEIGHTED": norm, "PDL": False}
+    values = {"BIAS0": 1, "BIAS1": 0, "BIAS2": 1, "NORM": norm, "WEIGHTED": norm, "PDL": pdl}
     values |= constants(rows, chosen)
-    return CompileExample(name, _shared_linear_kernel, signature, values, num_warps=chosen["num_warps"])
+    return CompileExample(
+        name, _shared_linear_kernel, signature, values, chosen["num_warps"], capability=90 if pdl else 80
+    )
 
 
-def _gated_example(name: str, dtype: str, rows: int, **config: int) -> CompileExample:
+def _gated_example(name: str, dtype: str, rows: int, pdl: bool = False, **config: int) -> CompileExample:
     signature = dict.fromkeys(("x", "norm", "w0", "w1", "b0", "b1", "y"), f"*{dtype}") | {"rows": "i32"}
     signature |= dict.fromkeys(("n", "k", "x_row", "s0", "s1"), "i32:16") | {"eps": "fp32", "offset": "fp32"}
     chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
-    ends = {"BIAS0": 0, "BIAS1": 0, "ACTIVATION": "silu", "NORM": rows == 1, "WEIGHTED": rows == 1, "PDL": False}
+    ends = {"BIAS0": 0, "BIAS1": 0, "ACTIVATION": "silu", "NORM": rows == 1, "WEIGHTED": rows == 1, "PDL": pdl}
     return CompileExample(
-        name, _gated_linear_kernel, signature, ends | constants(rows, chosen), num_warps=chosen["num_warps"]
-    )
+        name, _gated_linear_kernel, signature, ends | constants(rows, chosen), chosen["num_warps"],
+        capability=90 if pdl else 80,
+    )  # fmt: skip
 
 
 COMPILE_EXAMPLES = (
     () if tl is None else (
         _example("one row", "bf16", 1), _example("one row, normed", "bf16", 1, norm=True, STAGES=3),
+        _example("one row, launched early", "bf16", 1, norm=True, pdl=True),
         _example("16 rows", "bf16", 16),
         _example("64 rows", "fp16", 64, BLOCK_N=64, BLOCK_K=64, SWAP=1), _example("4 rows in float32", "fp32", 4),
         _gated_example("gated, one row", "bf16", 1), _gated_example("gated, 64 rows", "bf16", 64),
+        _gated_example("gated, 16 rows, launched early", "bf16", 16, pdl=True),
         _gated_example("gated, 8 rows, the weight on the left", "bf16", 8, BLOCK_N=64, SWAP=1),
     )
 )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, served
+from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, send_for, served
 from fxopt.kernels._triton import CompileExample, after_launch, dependent_launch, jit, tl
 from fxopt.kernels.gated_mlp import ACTIVATIONS, activate
 from fxopt.ops import Config, Target, fused_op
@@ -106,10 +106,11 @@ def _small_linear_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows a program, or its share of their sums: columns `span` * part and on."""
-    after_launch(PDL)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     first = part * span
+    send_for(w, n, k, stride, output, first, PDL, BLOCK_N)
+    after_launch(PDL)
     total = product(
         x, w, norm, rows, n, k, first, min(first + span, k), x_row, stride, output, eps, offset,
         NORM, WEIGHTED, DOT, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
