@@ -241,8 +241,10 @@ def _place(parts: Sequence[GraphModule], target: Target, report: GraphReport) ->
         report.after += _text(parts)
     with _timed(report, "place"):
         choices = [choice for part in parts for choice in place_implementations(part, target)]
-    report.sites += [_site(choice) for choice in choices]
-    report.generated |= {f"{choice.op}, {choice.implementation}": choice.code for choice in choices}
+    for choice in choices:
+        name = _code_name(report.generated, choice)
+        report.generated[name] = choice.code
+        report.sites.append(_site(choice, name))
 
 
 def _compile(
@@ -290,7 +292,14 @@ def _selected(known: Mapping[str, Fusion], options: Options) -> list[Fusion]:
     ]
 
 
-def _site(choice: Choice) -> Site:
+def _code_name(generated: Mapping[str, str], choice: Choice) -> str:
+    """The name under which the code of `choice` is, or will be: sites that are computed alike share one."""
+    plain = f"{choice.op}, {choice.implementation}"
+    names = itertools.chain([plain], (f"{plain} ({i})" for i in itertools.count(2)))
+    return next(name for name in names if generated.get(name, choice.code) == choice.code)
+
+
+def _site(choice: Choice, code: str) -> Site:
     made_by = choice.provenance
     return Site(
         fusion=made_by.fusion if made_by else choice.op,
@@ -302,6 +311,8 @@ def _site(choice: Choice) -> Site:
         passed_over=choice.passed_over,
         node=choice.node,
         arguments=choice.arguments,
+        code=code,
+        opaque=choice.opaque,
     )
 
 

@@ -118,7 +118,7 @@ def only(report: Report, fusion: str) -> Report:
         parts = [dataclasses.replace(drawn, steps=(0, 0), savings={}) for drawn in graph.parts if expected]
         return dataclasses.replace(graph, parts=parts, **lists)
 
-    return Report([part(graph) for graph in report.graphs])
+    return Report([part(graph) for graph in report.graphs], report.kernel_sources)
 
 
 def saved_report(path: Path | str) -> Report:

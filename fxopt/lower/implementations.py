@@ -40,6 +40,7 @@ class Choice:
     passed_over: tuple[tuple[str, str], ...]
     code: str  # what stands in the op's place: the traced nodes, or the source of the opaque call
     arguments: tuple[str, ...] = ()  # as expressions, sizes as at the first call
+    opaque: bool = False
 
 
 def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
@@ -68,7 +69,8 @@ def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
             code = _inline(module.graph, node, op, decision, args, traces)
         if decision.note:
             code = f"# measured: {decision.note}\n{code}"
-        choices.append(Choice(name, op.name, chosen.name, made_by, decision.passed_over, code, written(fakes)))
+        passed_over, opaque = decision.passed_over, chosen.overload is not None
+        choices.append(Choice(name, op.name, chosen.name, made_by, passed_over, code, written(fakes), opaque))
     for node in list(module.graph.nodes):
         if STANDS_FOR in node.meta:  # an opaque call, or a raised form that stayed in part
             _restore(module.graph, node)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fxopt.ops import FusedOp, Implementation, op_named
 from fxopt.view import text
-from fxopt.view.report import Report, Site
+from fxopt.view.report import Kernel, Report, Site
 from fxopt.view.save import write
 from fxopt.view.standalone import Collector, Unwritable
 
@@ -112,63 +112,98 @@ if __name__ == "__main__":
 '''
 
 
+#: implementation -> its source; it reads files, and a notebook asks for it at each display
+_read: dict[str, Kernel] = {}
+
+
+def kernel_sources(report: Report) -> list[Kernel]:
+    """The kernels of the report's sites, each once: those that it was saved with, or from the ops that are registered.
+
+    Of an op with several it is the one that computed a site, else the first that the op has.
+    """
+    if report.kernel_sources is not None:
+        return report.kernel_sources
+    found: dict[tuple[str, str], Kernel] = {}
+    for name, used in dict.fromkeys((site.op, site.implementation) for site in report.sites):
+        op = op_named(name)
+        chosen = _chosen(op, used) if op is not None else None
+        if op is not None and chosen is not None:
+            found[name, chosen.name] = kernel(op, chosen)
+    return list(found.values())
+
+
+def kernel_of(site: Site, kernels: Sequence[Kernel]) -> Kernel | None:
+    """The one of `kernels` that computes the site, else another of the same op, or None."""
+    own = [found for found in kernels if found.op == site.op]
+    return next((found for found in own if found.implementation == site.implementation), own[0] if own else None)
+
+
+def kernel(op: FusedOp, chosen: Implementation) -> Kernel:
+    """The source of one implementation; where it can't be written out, imports of it, and why."""
+    key = f"{chosen.overload or op.overload} {chosen.name} {chosen.version}"
+    if key not in _read:
+        home = op.reference.__module__
+        try:
+            found = Collector(home)
+            found.add(op.reference, "reference")
+            found.add(chosen.run, "launch")
+            if op.drawn is not None:
+                found.add(op.drawn, "draw")
+            source = found.text()
+        except Unwritable as error:
+            source = _imported(op, chosen, home, str(error))
+        _read[key] = Kernel(op.name, chosen.name, source, op.drawn is not None)
+    return _read[key]
+
+
 def write_kernels(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     """A file in `folder` for each opaque kernel of the report's sites, by op and arguments; their paths.
 
     Where a site was computed by something else (on a CPU, or decomposed for the compiler), it is the kernel that the op
     has, and the file says so. Ops without one have no file. Raises ValueError where an op of the report isn't
-    registered here (a plugin that isn't installed).
+    registered here (a plugin that isn't installed), and its kernel wasn't saved with the report.
     """
     root, paths = Path(folder), []
     groups: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
     for site in report.sites:
         groups.setdefault((site.op, site.arguments), []).append(site)
+    kernels = kernel_sources(report)
     numbers: dict[str, int] = {}
     for (name, arguments), sites in groups.items():
-        op = op_named(name)
-        if op is None:
+        found = kernel_of(sites[0], kernels)
+        if found is None and op_named(name) is None:
             raise ValueError(f"the op {name} of the report is not registered here: import the plugin that defines it")
-        chosen = _kernel(op, sites[0].implementation)
-        if chosen is None or not arguments:
+        if found is None or not arguments:
             continue
         number = numbers.setdefault(name, 0)
         numbers[name] += 1
         path = root / f"{name}_{number}.py"
-        write(path, script(op, chosen, arguments, sites))
+        write(path, script(found, arguments, sites))
         paths.append(path)
     return paths
 
 
-def _kernel(op: FusedOp, used: str) -> Implementation | None:
+def _chosen(op: FusedOp, used: str) -> Implementation | None:
     opaque = [candidate for candidate in op.implementations if candidate.opaque]
     return next((candidate for candidate in opaque if candidate.name == used), opaque[0] if opaque else None)
 
 
-def script(op: FusedOp, chosen: Implementation, arguments: Sequence[str], sites: Sequence[Site]) -> str:
+def script(kernel: Kernel, arguments: Sequence[str], sites: Sequence[Site]) -> str:
     """The file's text."""
     first = sites[0]
-    home = op.reference.__module__
-    lines = [f"fxopt::{op.name} by {chosen.name}, for the arguments of {text.count(len(sites), 'site')} of a model."]
+    served = text.count(len(sites), "site")
+    lines = [f"fxopt::{kernel.op} by {kernel.implementation}, for the arguments of {served} of a model."]
     where = f"First in {first.module or 'the model'}: {text.short_source(first.source)}"
     told = [where]
-    if first.implementation != chosen.name:
-        why = dict(first.passed_over).get(chosen.name, "it was not chosen")
+    if first.implementation != kernel.implementation:
+        why = dict(first.passed_over).get(kernel.implementation, "it was not chosen")
         told.append(f"There it was computed by {first.implementation}: {why}.")
     lines += ["", *told, "", "Run this file: it compares the kernel with float64, beside the reference."]
     doc = "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''")
-    try:
-        found = Collector(home)
-        found.add(op.reference, "reference")
-        found.add(chosen.run, "launch")
-        if op.drawn is not None:
-            found.add(op.drawn, "draw")
-        source = found.text()
-    except Unwritable as error:
-        source = _imported(op, chosen, home, str(error))
     body = "".join(f"        {argument},\n" for argument in arguments)
     site = f"def site(tensor):\n    return (\n{body}    )"
-    make = _DRAWN if op.drawn is not None else _MADE
-    return "\n\n".join([f'"""{doc}\n"""', _BEFORE, source, "", _TENSOR, site, "", make, _CHECK])
+    make = _DRAWN if kernel.drawn else _MADE
+    return "\n\n".join([f'"""{doc}\n"""', _BEFORE, kernel.source, "", _TENSOR, site, "", make, _CHECK])
 
 
 def _imported(op: FusedOp, chosen: Implementation, home: str, why: str) -> str:

@@ -23,7 +23,7 @@ def keep(report: GraphReport, key: str) -> None:
     folder = cachedir.cachedir("reports")
     short = replace(report, before="", after="", parts=[])  # the graphs are long, and told only to who recorded them
     if folder is not None:
-        cachedir.write(folder / f"{_name(key)}.json", json.dumps(to_dict(Report([short]))).encode())
+        cachedir.write(folder / f"{_name(key)}.json", json.dumps(to_dict(Report([short], []))).encode())
 
 
 def recall(report: GraphReport, key: str) -> bool:

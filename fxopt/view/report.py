@@ -31,6 +31,8 @@ class Site:
         passed_over: (implementation, objection) of those that came before it
         node: the fused op's node, as a step's `made` names it
         arguments: the op's arguments as expressions, sizes and strides as at the first call
+        code: name of what stands in the op's place, in the graph's `generated`
+        opaque: it is one call, which the compiler doesn't see into; else nodes that are compiled with their neighbours
     """
 
     fusion: str
@@ -42,6 +44,25 @@ class Site:
     passed_over: tuple[tuple[str, str], ...] = ()
     node: str = ""
     arguments: tuple[str, ...] = ()
+    code: str = ""
+    opaque: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The source of an opaque implementation with all that it needs beside torch and Triton: one for all its sites.
+
+    Attributes:
+        op: the op's name
+        implementation: the implementation's
+        source: imports, kernels, and functions `launch` and `reference`, of the op's arguments
+        drawn: whether there is a function `draw` too, which makes arguments
+    """
+
+    op: str
+    implementation: str
+    source: str
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,7 @@ class GraphReport:
         steps: applications of fusions and rules, in order, undone ones included
         misses: near misses, the farthest first
         sites: where a fused op took over
-        generated: name -> source of code generated for this graph
+        generated: name -> what stands in fused ops' places: the traced nodes, or the source of the opaque call
         seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
         lowering: who compiled it, and in which mode
         notes: what else there is to know, in words
@@ -115,9 +136,11 @@ class Report:
 
     Attributes:
         graphs: one a graph that was compiled, in order
+        kernel_sources: the kernels that it was saved with; None: they are read from the ops' own files when asked for
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
+    kernel_sources: list[Kernel] | None = field(default=None, compare=False, repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -159,7 +182,7 @@ class Report:
 
         One file for each opaque implementation and kind of arguments: source, shapes and strides, reference, check.
         Where a site was computed by something else, it is the kernel that the op has. Raises ValueError where an op of
-        the report isn't registered here.
+        the report isn't registered here, and its kernel isn't in the file that the report was read from.
         """
         from fxopt.view.kernels import write_kernels
 

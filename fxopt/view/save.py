@@ -22,7 +22,7 @@ from fxopt.match.miss import NearMiss
 from fxopt.rewrite.fusion import Step, Verdict
 from fxopt.view import export, text
 from fxopt.view.drawing import Drawing, Saving
-from fxopt.view.report import GraphReport, Part, Site
+from fxopt.view.report import GraphReport, Kernel, Part, Site
 
 if TYPE_CHECKING:
     from fxopt.view.report import Report
@@ -58,7 +58,9 @@ def write(path: Path, content: str) -> None:
 
 def to_dict(report: Report) -> dict[str, Any]:
     """The report as JSON-ready data, the schema's version first."""
-    return {"schema": SCHEMA, "graphs": _plain(list(report.graphs))}
+    from fxopt.view.kernels import kernel_sources
+
+    return {"schema": SCHEMA, "graphs": _plain(list(report.graphs)), "kernels": _plain(kernel_sources(report))}
 
 
 def from_dict(data: Mapping[str, Any]) -> Report:
@@ -72,7 +74,8 @@ def from_dict(data: Mapping[str, Any]) -> Report:
             f"the report has schema {data['schema']!r}, this version of fxopt reads {SCHEMA}: record it again"
         )
     try:
-        return Report([_graph(graph) for graph in data["graphs"]])
+        kernels = [Kernel(**kernel) for kernel in data["kernels"]] if "kernels" in data else None
+        return Report([_graph(graph) for graph in data["graphs"]], kernels)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the report is damaged: {type(error).__name__}: {error}") from error
 
@@ -93,6 +96,9 @@ def page(report: Report) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    from fxopt.view.highlight import highlighted
+    from fxopt.view.sheets import sheets
+
     def asset(name: str) -> Markup:
         return Markup(files("fxopt.view").joinpath("assets", name).read_text(encoding="utf-8").strip())  # our own
 
@@ -106,6 +112,7 @@ def page(report: Report) -> str:
     )
     environment.filters.update(short=text.short_source, verdict=text.verdict, seconds=text.duration, failed=text.failed)
     environment.filters.update(grouped=text.grouped_sites, overall=text.overall)
+    environment.filters.update(highlighted=lambda source: highlighted(text.clean(source)))
     script = asset("page.js")
     return environment.get_template("page.html.j2").render(
         report=report,
@@ -113,7 +120,7 @@ def page(report: Report) -> str:
         fused=text.fused(report),
         raised=text.raised(report),
         misses=text.grouped_misses(report.misses),
-        generated=any(graph.generated for graph in report.graphs),
+        sheets=sheets(report),
         data=Markup(page_data(report)),
         style=asset("page.css"),
         dagre=asset("dagre.min.js"),
@@ -127,11 +134,17 @@ def page(report: Report) -> str:
 def page_data(report: Report) -> str:
     """The report as the page's script reads it: JSON that is safe inside of a script element.
 
-    The graphs as text are left out: the page has them in its tables.
+    What the page has in its tables is left out: the graphs as text, and source, of which each site names its sheets.
     """
+    from fxopt.view.sheets import of_sites
+
     data = to_dict(report)
-    for graph in data["graphs"]:
+    data["kernels"] = []
+    for graph, known, named in zip(data["graphs"], report.graphs, of_sites(report), strict=True):
         graph["before"] = graph["after"] = ""
+        graph["generated"] = {}
+        for site, told, names in zip(graph["sites"], known.sites, named, strict=True):
+            site |= {"computed": text.computed(told, known.lowering), "sheets": names}
     encoded = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -69,6 +69,24 @@ def verdict(verdict: Verdict) -> str:
     return f"{words}: {verdict.detail}" if verdict.detail else words
 
 
+def computed(site: Site, lowering: str) -> str:
+    """Who computes a site, in words; `lowering` is its graph's."""
+    if site.opaque or site.implementation == "triton":
+        return f"One call of the op's own kernel ({site.implementation}), which the compiler doesn't look into."
+    if site.implementation.startswith("sdpa"):
+        return "PyTorch's scaled_dot_product_attention, by kernels of its own: none was generated for this site."
+    if site.implementation == "aten":
+        return "An op of ATen's that does the same: no kernel was generated for this site."
+    behind = (
+        "which Inductor compiles together with their neighbours, into kernels of its own"
+        if lowering.startswith("inductor")
+        else "which run one by one"
+    )
+    if site.implementation == "reference":
+        return f"The op's reference, the unfused arithmetic: nodes of the graph, {behind}."
+    return f"Spelled out again, as nodes of the graph, {behind}."
+
+
 _SOURCE = re.compile(r"(?P<file>.+?):(?P<line>\d+) in (?P<function>\S+)(?:: (?P<code>.*))?", re.DOTALL)
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")  # Dynamo's name for the rest of a function after a break

@@ -14,7 +14,7 @@ import torch
 
 import fxopt
 from fxopt.view.drawing import Drawing
-from fxopt.view.report import GraphReport, Part, Report
+from fxopt.view.report import GraphReport, Kernel, Part, Report
 from fxopt.view.save import frame
 
 _spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
@@ -130,6 +130,38 @@ def test_a_selected_rewrite_shows_its_nodes_and_source(llama, opened):
     clean(told)
 
 
+def test_a_selected_rewrite_shows_its_generated_code(llama, opened):
+    page, told = opened(llama)
+    page.locator(".kind", has=page.locator("summary", has_text="rms_norm")).locator(".row").nth(1).click()
+    details = page.locator("#details")
+    assert "Spelled out again, as nodes of the graph" in details.inner_text()
+    first, kernel = details.locator(".sheet").all()
+    assert "torch.ops.aten.rsqrt" in first.inner_text()
+    assert "passed over here: a Triton kernel needs a CUDA device" in kernel.inner_text()
+    assert kernel.locator("pre").bounding_box()["height"] < 300
+    kernel.locator(".more").click()
+    assert kernel.locator("pre").bounding_box()["height"] > 300
+    kernel.get_by_text("open").click()
+    page.locator(".reading .code .f", has_text="_rms_norm_kernel").wait_for()
+    page.keyboard.press("Escape")  # back to the graphs
+    page.locator("g.new").first.wait_for()
+    page.keyboard.press("3")
+    shown = page.locator("#report .sheet").all()
+    assert len(shown) == len({(site.op, site.implementation) for site in llama.sites}) + len(llama.to_dict()["kernels"])
+    clean(told)
+
+
+def test_source_can_be_copied_even_in_a_sandboxed_frame(llama, opened):
+    page, told = opened(f"<!doctype html><title>outside</title>{frame(llama)}<textarea></textarea>")
+    inner = page.frame_locator("iframe").first
+    inner.locator("#details .sheet .chip", has_text="copy").last.click()
+    inner.locator("#details .sheet .chip", has_text="copied").wait_for()
+    page.locator("textarea").click()
+    page.keyboard.press("Control+V")
+    assert page.locator("textarea").input_value() == inner.locator("#details .sheet pre").last.text_content()
+    clean(told)
+
+
 HOSTILE = """</script><script>document.title='bad'</script><img src=x onerror="document.title='bad'">'"&lt;`${1}"""
 
 
@@ -145,14 +177,14 @@ def hostile(make):
         before=HOSTILE,
         normalized=True,
         steps=[step],
-        sites=[make.site(fusion=HOSTILE, node="b", implementation=HOSTILE)],
+        sites=[make.site(fusion=HOSTILE, node="b", implementation=HOSTILE, code="code", arguments=(HOSTILE,))],
         misses=[make.miss(reason=HOSTILE, node=HOSTILE, hint=HOSTILE)],
         notes=[HOSTILE],
         dims={HOSTILE: HOSTILE},
-        generated={f"fxopt::attention, {HOSTILE}": HOSTILE},
+        generated={"code": HOSTILE},
     )
     graph.parts.append(Part(drawing, drawing, (0, 1)))
-    return Report([graph])
+    return Report([graph], [Kernel("fxopt::attention", HOSTILE, HOSTILE)])
 
 
 def test_hostile_strings_stay_text(hostile, opened):

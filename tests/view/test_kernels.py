@@ -14,8 +14,8 @@ import fxopt
 from fxopt.lower.arguments import written
 from fxopt.ops import _OPS, fused_op
 from fxopt.rewrite.plugins import fusions
-from fxopt.view.kernels import script, write_kernels
-from fxopt.view.report import GraphReport, Report
+from fxopt.view.kernels import kernel, kernel_of, kernel_sources, script, write_kernels
+from fxopt.view.report import GraphReport, Kernel, Report
 from fxopt.view.standalone import Collector, Unwritable
 
 LIMIT = 3
@@ -124,6 +124,25 @@ def test_an_unknown_op_is_an_error(make, tmp_path):
         write_kernels(report, tmp_path)
 
 
+def test_a_kernel_is_one_however_many_sites_it_serves(make):
+    fusions()
+    sites = [
+        make.site(i, op="rms_norm", implementation=used) for i, used in enumerate(["aten", "triton", "decomposed"])
+    ]
+    kernels = kernel_sources(Report([GraphReport("g", sites=[*sites, make.site(op="no_such_op")])]))
+    assert [(found.op, found.implementation) for found in kernels] == [("rms_norm", "triton")]
+    assert "@triton.jit" in kernels[0].source
+    assert all(kernel_of(site, kernels) is kernels[0] for site in sites)
+    assert kernel_of(make.site(op="no_such_op"), kernels) is None
+
+
+def test_kernels_of_a_saved_report_need_no_op(make, tmp_path):
+    sites = [make.site(op="gone", arguments=("None",))]
+    saved = Report([GraphReport("g", sites=sites)], [Kernel("gone", "triton", "def launch(x): ...")])
+    (path,) = Report.from_json(saved.save(tmp_path / "r.json")).kernels(tmp_path)
+    assert "def launch(x): ..." in path.read_text()
+
+
 def test_needs_come_first_and_are_written_once():
     found = Collector(__name__)
     found.add(doubled, "launch")
@@ -140,14 +159,14 @@ def test_what_has_no_source_is_imported_instead(make):
     op.implementation("aten", opaque=True)(F.relu_)
     with pytest.raises(Unwritable):
         Collector(__name__).add(len, "launch")
-    text = script(op, op.implementations[0], (), [make.site()])
+    text = script(kernel(op, op.implementations[0]), (), [make.site()])
     compile(text, "kernel.py", "exec")
 
 
 def test_hostile_strings_stay_in_the_docstring(make):
     op = fused_op("view_test_hostile(Tensor x) -> Tensor")(doubled)
     op.implementation("aten", opaque=True)(clamped)
-    text = script(op, op.implementations[0], ("None",), [make.site(module='"""\nraise SystemExit(7)\n"""\\')])
+    text = script(kernel(op, op.implementations[0]), ("None",), [make.site(module='"""\nraise SystemExit(7)\n"""\\')])
     compile(text, "kernel.py", "exec")
     assert "\nraise SystemExit(7)" not in text.partition("from __future__")[2]
 

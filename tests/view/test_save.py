@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fxopt.rewrite.fusion import Verdict
-from fxopt.view import save
-from fxopt.view.report import GraphReport, Report
+from fxopt.view import save, text
+from fxopt.view.highlight import highlighted
+from fxopt.view.report import GraphReport, Kernel, Report
 
 HOSTILE = "</script></pre><b>bold</b>\" onclick='x' {{ 7 * 7 }} {% raw %} \x00\x1b[31m \ud800"
 
@@ -210,11 +211,66 @@ def test_hostile_strings_stay_text_in_the_page(hostile, tmp_path):
 
 
 def test_the_script_reads_what_the_json_has(hostile):
-    data = hostile.to_dict()
+    data, read = hostile.to_dict(), json.loads(save.page_data(hostile))
     for graph in data["graphs"]:
-        graph["before"] = graph["after"] = ""  # as text they are in the page already
-    assert json.loads(save.page_data(hostile)) == json.loads(json.dumps(data))
+        graph |= {"before": "", "after": "", "generated": {}}  # as text they are in the page already
+    for site in (site for graph in read["graphs"] for site in graph["sites"]):
+        assert site.pop("computed")
+        assert site.pop("sheets") == []  # its op is unknown, and no code bears its name
+    assert read == json.loads(json.dumps(data))
     assert not {"<", ">", "&"} & set(save.page_data(hostile))
+
+
+def test_source_is_in_the_page_once(make):
+    """Of many sites, in several graphs: one sheet for the kernel, one for what stands in their places."""
+    generated = {"rms_norm, decomposed": "def forward(self, x): return x"}
+    sites = [
+        make.site(i, op="rms_norm", implementation=used, code=f"rms_norm, {used}", arguments=("None",))
+        for i, used in enumerate(["triton", *["decomposed"] * 8])
+    ]
+    kernel = Kernel("rms_norm", "triton", "@triton.jit\ndef _the_kernel(): ...")
+    report = Report(
+        [GraphReport(f"graph {i}", normalized=True, sites=sites, generated=generated) for i in (0, 1)], [kernel]
+    )
+    html = save.page(report)
+    assert html.count("_the_kernel") == 1
+    assert Page(html).text.count("def forward(self, x): return x") == 1
+    first, second = (graph["sites"] for graph in json.loads(save.page_data(report))["graphs"])
+    assert first[0]["sheets"] == [["kernel-0", "what computes it"]]
+    assert [id for id, _ in second[1]["sheets"]] == ["code-0", "kernel-0"]
+    assert (
+        second[1]["sheets"][1][1]
+        == "the op's own kernel, passed over here: the inputs are on cpu, not on a CUDA device"
+    )
+
+
+def test_colours_leave_the_source_as_it_is():
+    for source in (
+        HOSTILE,
+        "",
+        "\n\n@f\ndef g(x: int = 3):  # <b>\n    '''</pre>'''\n\n",
+        "def f(:\n  'unclosed",
+        "&amp;\r\n\t",
+    ):
+        html = str(highlighted(source))
+        assert set(Page(html).tags) <= {"span"}
+        assert Page(html).text == source.replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"implementation": "triton", "opaque": True}, "own kernel"),
+        ({"implementation": "sdpa_filled"}, "scaled_dot_product_attention"),
+        ({"implementation": "aten"}, "ATen"),
+        ({"implementation": "decomposed"}, "Inductor compiles"),
+        ({"implementation": "reference"}, "the unfused arithmetic"),
+        ({"implementation": "a plugin's"}, "nodes of the graph"),
+    ],
+)
+def test_who_computes_a_site_is_said_in_words(changes, words, make):
+    assert words in text.computed(make.site(**changes), "inductor, mode=default")
+    assert "Inductor" not in text.computed(make.site(**changes), "eager: no C++ compiler")
 
 
 def test_notebook_shows_the_page_in_a_sandboxed_frame(hostile):

@@ -258,23 +258,72 @@
     }).map(([op, what]) => [op || " ", make("span", {}, what)]));
   }
 
+  // -- source: each sheet is in the page once, under Report; what is shown of it elsewhere is a copy while it is shown
+
+  const FOLDED = 14; // lines of a long sheet that are shown at first
+
+  const LINE = 18.6; // its height, in CSS pixels
+  const kernelAt = (pre) => Math.max(0, pre.textContent.split("\n").findIndex((line) => /^@triton\.jit/.test(line))) * LINE; // past imports and reference
+
+  async function copy(button, pre) {
+    const range = document.createRange(), selection = getSelection();
+    range.selectNodeContents(pre);
+    selection.removeAllRanges();
+    selection.addRange(range);
+    let done = document.execCommand("copy"); // in a sandboxed frame the clipboard's own interface is not allowed
+    if (!done) done = await navigator.clipboard?.writeText(pre.textContent).then(() => true, () => false);
+    if (done) selection.removeAllRanges();
+    button.textContent = done ? "copied" : "press Ctrl+C";
+    setTimeout(() => { button.textContent = "copy"; }, 1500);
+  }
+
+  const copies = (pre) => make("button", { class: "chip", title: "copy this source", onclick: (event) => { event.preventDefault(); copy(event.currentTarget, pre); } }, "copy");
+
+  function parts(id) { // of a sheet: language, title, note, and a copy of its source
+    const [language, title, note] = ["i", "strong", "small"].map((tag) => $(id).querySelector(`summary ${tag}`).textContent);
+    return { language, title, note, pre: $(id).querySelector("pre").cloneNode(true) };
+  }
+
+  function sheet(id, note, item) {
+    const { language, title, note: size, pre } = parts(id), lines = pre.textContent.split("\n");
+    const open = make("button", { class: "chip", title: "read it in the middle", onclick: () => read(id, item) }, "open");
+    const more = make("button", { class: "more", onclick: () => { made.classList.remove("folded"); more.remove(); } }, `all ${lines.length} lines`);
+    const long = lines.length > FOLDED + 4;
+    const made = make("div", { class: `sheet${long ? " folded" : ""}` }, make("div", { class: "head" }, make("i", {}, language), make("strong", {}, title), open, copies(pre)),
+      make("p", { class: "soft small" }, `${note} (${size})`), pre, long ? more : null);
+    if (long) requestAnimationFrame(() => { pre.scrollTop = kernelAt(pre); });
+    return made;
+  }
+
+  function read(id, item) { // a sheet in the place of the graphs
+    const { title, note, pre } = parts(id);
+    const [canvas] = showPanes([title, note, "new"]);
+    canvas.classList.add("reading");
+    fill(canvas, pre);
+    canvas.scrollTop = kernelAt(pre);
+    canvas.ticket = (canvas.ticket || 0) + 1;
+    fill($("bar"), make("button", { class: "chip", onclick: () => select(item) }, "before and after", make("span", {}, "×")), copies(pre));
+  }
+
+  for (const found of document.querySelectorAll("#report .sheet")) found.querySelector("summary").append(copies(found.querySelector("pre")));
+
   function showStep(item) {
     const { graph, part, step, site, saving } = item;
-    const generated = site && graph.generated[`${site.op}, ${site.implementation}`];
     const near = misses.filter((m) => m.graph === graph && m.miss.fusion === step.fusion).slice(0, 8);
     fill($("details"),
       make("h2", {}, `${step.fusion} → ${step.op || step.made.join(" ")}`),
       make("p", { class: "soft" }, step.module || ""),
       verdict(step.verdict), step.verdict.detail ? make("p", { class: "soft small" }, step.verdict.detail) : null,
-      site ? [h3("computed by"), make("p", {}, make("b", {}, site.implementation)), site.passed_over.map(([name, why]) => make("p", { class: "soft small" }, `not ${name}: ${why}`))] : null,
+      site ? [h3("computed by"), make("p", {}, make("b", {}, site.implementation)), make("p", {}, site.computed), site.passed_over.map(([name, why]) => make("p", { class: "soft small" }, `not ${name}: ${why}`))] : null,
       saving ? traffic(saving) : null,
       h3("source"), step.sources.map(place),
+      site && site.sheets.length ? [h3("generated code"), site.sheets.map(([id, note]) => sheet(id, note, item))] : null,
+      site && site.arguments.length ? [h3("arguments at the first call"), make("pre", {}, site.arguments.join("\n"))] : null,
       h3(`${many(step.replaced.length, "node")} replaced`), nodeRows(part && part.before, step.replaced, part && part.inBefore, "before", item),
       h3("made"), nodeRows(part && part.after, step.made, part && part.inAfter, "after", item),
       h3("rule"), make("p", {}, code(short(step.rule))),
       table([...Object.entries(step.tags).map(([key, value]) => [key, String(value)]), ["time", `${(+step.microseconds / 1000).toFixed(2)} ms`]]),
       dims(graph),
-      generated ? [h3("code"), make("pre", {}, generated)] : null,
       near.length ? [h3("near misses of this fusion"), near.map((m) => make("p", {}, link(m.miss.reason, () => select(m))))] : null);
   }
 
@@ -282,7 +331,7 @@
     fill($("details"), make("h2", {}, `not fused: ${miss.fusion}`), make("p", { class: "why" }, miss.reason),
       miss.hint ? [h3("what would make it fuse"), make("p", { class: "hint" }, miss.hint)] : null,
       h3("at"), place(miss.source || "source line unknown"),
-      table([["node", code(miss.node || "")], ["search began at", code(miss.anchor)], ["matched so far", many(miss.progress, "node")]]), dims(graph));
+      table([["node", code(miss.node || "")], ["search began at", code(miss.anchor)], ["matched so far", `${many(miss.progress, "node")}${miss.share < 1 ? `, ${Math.round(100 * miss.share)} % of the pattern` : ""}`]]), dims(graph));
   }
 
   function showPassed({ graph }) {
@@ -475,7 +524,7 @@
       select(runs[Math.min(runs.length - 1, Math.max(0, run(selected) + jump))][0]);
     }
     else if (event.key === "t") theme();
-    else if (event.key === "Escape" && selected) show[selected.kind](selected);
+    else if (event.key === "Escape" && selected && current === "rewrites") select(selected);
   });
   for (const name of ["rewrites", "model", "report"]) $(`tab-${name}`).addEventListener("click", () => tab(name));
   $("tabs").hidden = false;
