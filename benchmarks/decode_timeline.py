@@ -41,6 +41,10 @@ MODES: dict[str, tuple[str, dict[str, Any]] | None] = {
         "fxopt",
         {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": True}}},
     ),
+    "fxopt reduce-overhead, combo kernels, PDL": (
+        "fxopt",
+        {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": True, "triton.enable_pdl": True}}},
+    ),
     "fxopt reduce-overhead, tuned": ("fxopt", {"options": {"mode": "reduce-overhead", "tune": "full"}}),
 }
 

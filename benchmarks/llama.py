@@ -28,6 +28,10 @@ MODES: dict[str, tuple[str, dict[str, Any]] | None] = {
     "inductor max-autotune-no-cudagraphs": ("inductor", {"mode": "max-autotune-no-cudagraphs"}),
     "fxopt": ("fxopt", {}),
     "fxopt reduce-overhead": ("fxopt", {"mode": "reduce-overhead"}),
+    "fxopt reduce-overhead, combo kernels, PDL": (
+        "fxopt",
+        {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": True, "triton.enable_pdl": True}}},
+    ),
     "fxopt reduce-overhead, coordinate descent": (
         "fxopt",
         {"options": {"mode": "reduce-overhead", "inductor": TUNED}},
@@ -163,7 +167,7 @@ def main() -> None:
                 (
                     "tuned decode B=1 cache 2048 sdpa",
                     lambda m=model: decode(m, 1, 2048, 513),
-                    [g + ", coordinate descent" for g in GRAPHS],
+                    ["fxopt reduce-overhead, combo kernels, PDL", *(g + ", coordinate descent" for g in GRAPHS)],
                 ),
                 (
                     "tuned prefill 1x2048 sdpa",

@@ -148,6 +148,8 @@ def guess(rows: int, n: int, k: int, itemsize: int, *, split: bool = True) -> di
     (docs/measurements.md): enough programs for all multiprocessors, and as much in flight as fits beside them.
     """
     if rows == 1:
+        if n > 1 << 16:
+            return _config(16, min(256, columns(k)), 1, 0, 3, 4)
         if n > 2048:
             return _config(8, min(512, columns(k)), 1, 0, 3, 4)
         return _config(4 if n > 1024 else 2, min(1024, columns(k)), 1, 0, 3 if k > 2048 else 1, 4)
