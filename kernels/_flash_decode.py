@@ -28,7 +28,7 @@ from fxopt.kernels._flash_parts import (
     example_values,
     example_widths,
 )
-from fxopt.kernels._triton import CompileExample, after_launch, dependent_launch, jit, tl
+from fxopt.kernels._triton import CompileExample, jit, tl
 from fxopt.ops import Config
 
 # Few query rows go to the kernel that splits the keys.
@@ -48,7 +48,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     SKIP_MINIMA: tl.constexpr, IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr,
     DIRECT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The query rows of one KV head over one split of the keys.
 
@@ -58,7 +58,6 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     """
     MINIMUM: tl.constexpr = -1.7e38  # half of finfo.min, of bfloat16 and float32 alike; nothing else is that low
     FLAT: tl.constexpr = (EMPTY == 2) and (MASK != 0 or FIRST or LAST)
-    after_launch(PDL)
     split = tl.program_id(1)
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -154,11 +153,10 @@ def _split_kernel(  # type: ignore[no-untyped-def]
 @jit
 def _combine_kernel(  # type: ignore[no-untyped-def]
     partial, tops, weights, out, splits,
-    EMPTY: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    EMPTY: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One query row of one head a program: its splits brought to one maximum and added."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    after_launch(PDL)
     at = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_S)
     width = tl.arange(0, BLOCK_DV)
@@ -191,19 +189,19 @@ def decode(given: Operands, out: Tensor, scale: float, softcap: float | None, *,
     if config:
         block_n, warps, stages = (config[n] for n in ("BLOCK_N", "num_warps", "num_stages"))
     splits = _split(batch * kv_heads, _triton.ceil_div(keys, block_n), out.device)
-    direct, launch = splits == 1, dependent_launch(out)
+    direct = splits == 1
     partial = out.new_empty((out.numel() // width, splits, width) if not direct else 0, dtype=torch.float32)
     tops, weights = partial.new_empty((2, 0 if direct else out.numel() // width * splits)).unbind()
     _split_kernel[(batch * kv_heads, splits)](
         *given.tensors, out, partial, tops, weights, kv_heads, group, rows, keys,
         scale, 1.0 if softcap is None else softcap, *given.strides,
         **given.flags, SKIP_MINIMA=given.skip_minima, DIRECT=direct, **widths, BLOCK_R=block_r, BLOCK_N=block_n,
-        num_warps=warps, num_stages=stages, **launch,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not direct:
         _combine_kernel[(out.numel() // width,)](
             partial, tops, weights, out, splits, EMPTY=given.flags["EMPTY"], DV=width, BLOCK_DV=widths["BLOCK_DV"],
-            BLOCK_S=_triton.next_power_of_2(splits), num_warps=4, **launch,
+            BLOCK_S=_triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip
 
 
@@ -225,16 +223,14 @@ def _example(name: str, dtype: str, mask: str | None, d: int, rows: int = 16, **
     widths = example_widths(d)
     block_n, warps, stages = blocks(widths["BLOCK_D"] * itemsize, itemsize, rows)
     values = example_values(mask) | {"SKIP_MINIMA": mask == "bf16", "DIRECT": False, **widths}
-    values |= {"BLOCK_R": rows, "BLOCK_N": block_n, "PDL": False, **flags}
+    values |= {"BLOCK_R": rows, "BLOCK_N": block_n, **flags}
     signature = example_signature(dtype, mask, "kv_heads group rows keys")
     signature |= dict.fromkeys(("partial", "tops", "weights"), "*fp32")
-    capability = 90 if values["PDL"] else 80
-    return CompileExample(name, _split_kernel, signature, values, warps, stages, capability=capability)
+    return CompileExample(name, _split_kernel, signature, values, warps, stages)
 
 
 COMPILE_EXAMPLES = (
     _example("decode, 128", "bf16", None, 128),
-    _example("decode in a static cache, launched early, 128", "bf16", "bf16", 128, PDL=True),
     _example("decode in a static cache, 64", "bf16", "bf16", 64),
     _example("decode of 8 rows of 8 heads, bool mask", "fp16", "u8", 128, 64),
     _example("decode, 64, float32, one split", "fp32", "fp32", 64, DIRECT=True),
@@ -248,6 +244,6 @@ COMPILE_EXAMPLES = (
     CompileExample(
         "combine", _combine_kernel,
         {"partial": "*fp32", "tops": "*fp32", "weights": "*fp32", "out": "*bf16", "splits": "i32"},
-        {"EMPTY": ZERO, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64, "PDL": False},
+        {"EMPTY": ZERO, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64},
     ),
 )  # fmt: skip

@@ -10,10 +10,10 @@ more than its launch: on an H200, gate and up of Llama 3 8B with 16 rows took 90
 The weight is read once and from far away: its loads are pipelined (`tl.range(num_stages=)` does that for loads which
 feed no dot too) and evicted first. x is read by every program and stays in the L2 cache.
 
-They are launched programmatically dependent (PDL): while the predecessor ends, each program sends for the begin of its
-part of the weight. It can't load it yet, for the kernel that stands before in the *stream* may write the weight: an op
-can't know which one that is (Inductor orders the launches, and the first one of a graph may follow an optimiser's). But
-a prefetch to the L2 cache, where all multiprocessors meet, reads nothing: what is written later is found there.
+They are launched programmatically dependent (PDL), which hides a part of the gap between launches. Weights are not
+loaded before the predecessor is done: that is safe only where the kernel that stands before in the *stream* writes no
+weight, and an op can't know that. Inductor orders the launches, and the first one of a graph may follow an optimiser's.
+To prefetch them to the L2 cache is safe, and cost more than it brought (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -34,20 +34,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 #: rows that one tile holds
 TILE_ROWS = 64
-
-
-@jit
-def send_for(  # type: ignore[no-untyped-def]
-    w, n, k, stride, output, first, PDL: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Prefetch the begin of the rows `output` of w, from column `first` on, to L2: 32 KiB in all."""
-    if PDL:
-        PER_LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth  # 128 bytes
-        column = tl.minimum(first + tl.arange(0, 256 // BLOCK_N) * PER_LINE, k - 1)
-        at = w + tl.minimum(output, n - 1).to(tl.int64)[:, None] * stride + column[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @jit
@@ -201,6 +187,11 @@ def _config(block_n: int, block_k: int, split: int, swap: int, stages: int, warp
 def columns(k: int) -> int:
     """The most columns that a step is worth for rows of `k`."""
     return max(16, _triton.next_power_of_2(k))
+
+
+def launch(x: Tensor, programs: int, rows: int) -> dict[str, Any]:
+    """How programs for `rows` rows of x are launched, beside the grid and the warps."""
+    return _triton.dependent_launch(x, programs, 6 if rows == 1 else 2)
 
 
 def constants(rows: int, config: dict[str, int]) -> dict[str, Any]:

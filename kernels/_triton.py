@@ -74,19 +74,25 @@ def after_launch(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """What a kernel begins with that may be launched before its predecessor is done (`dependent_launch`).
 
     Before it nothing may be read or written: when it returns, all that came before in the stream is done. Only then may
-    the next kernel be launched likewise. Inductor's own kernels (`triton.enable_pdl`) rely on that order: what they
-    take from further back than their predecessor they read without waiting.
+    the next kernel be launched likewise (PDL = 2). Inductor's own kernels (`triton.enable_pdl`) rely on that order:
+    what they take from further back than their predecessor they read without waiting.
     """
-    if PDL:
+    if PDL != 0:
         tl.extra.cuda.gdc_wait()
+    if PDL == 2:
         tl.extra.cuda.gdc_launch_dependents()
 
 
-def dependent_launch(x: Tensor) -> dict[str, bool]:
-    """Arguments of a kernel's launch: programmatic dependent launch (PDL) where the device of `x` has it, sm_90 on."""
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
+def dependent_launch(x: Tensor, programs: int, resident: int) -> dict[str, Any]:
+    """Arguments of a kernel's launch: programmatic dependent launch (PDL) where the device of `x` has it, sm_90 on.
+
+    The next kernel is let in early only where all `programs` run at once, `resident` on each multiprocessor: behind the
+    last of several waves its programs would gather on those multiprocessors that are done first.
+    """
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return {"PDL": 0}
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return {"PDL": 2 if programs <= resident * multiprocessors else 1, "launch_pdl": True}
 
 
 def needs_gpu(target: Target) -> str | None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, send_for, served
-from fxopt.kernels._triton import CompileExample, after_launch, dependent_launch, jit, tl
+from fxopt.kernels._small_matmul import constants, flat, guess, launch, pays, product, rows_of, served
+from fxopt.kernels._triton import CompileExample, after_launch, jit, tl
 from fxopt.kernels.gated_mlp import activate, gated_activation
 from fxopt.ops import Config, Target, fused_op
 
@@ -173,7 +173,6 @@ def _gated_linear_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """BLOCK_N outputs a program: both layers' products, one after the other, and the activation in registers."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    send_for(w0, n, k, s0, output, 0, PDL, BLOCK_N)
     after_launch(PDL)
     gate = product(
         x, w0, norm, rows, n, k, 0, k, x_row, s0, output, eps, offset,
@@ -209,7 +208,6 @@ def _shared_linear_kernel(  # type: ignore[no-untyped-def]
         block -= blocks0
         w, b, y, n, stride, biased = w1, b1, y1, n1, s1, BIAS1
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    send_for(w, n, k, stride, output, 0, PDL, BLOCK_N)
     after_launch(PDL)
     total = product(
         x, w, norm, rows, n, k, 0, k, x_row, stride, output, eps, offset,
@@ -253,7 +251,7 @@ def _launch(
         source, factor, *padded, *terms, *outs, *(outs[0] for _ in spare), rows, *(w.shape[0] for w in weights), *spare,
         k, source.stride(0), *(w.stride(0) for w in padded), blocks[0], blocks[1], **normed,
         **{f"BIAS{i}": int(i < len(biases) and biases[i] is not None) for i in range(3)},
-        **values, num_warps=chosen["num_warps"], **dependent_launch(x),
+        **values, num_warps=chosen["num_warps"], **launch(source, sum(blocks), rows),
     )  # fmt: skip
     return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
@@ -287,10 +285,11 @@ def _(x: Tensor, gate: Tensor, up: Tensor, activation: str, *rest: Any, config: 
     out = x.new_empty((rows, gate.shape[0]))
     factor, normed = _norm_arguments(source, rest[2:6])
     terms = [w if b is None else b.contiguous() for b, w in zip(rest[:2], (gate, up), strict=True)]
-    _gated_linear_kernel[(_triton.ceil_div(gate.shape[0], values["BLOCK_N"]),)](
+    blocks = _triton.ceil_div(gate.shape[0], values["BLOCK_N"])
+    _gated_linear_kernel[(blocks,)](
         source, factor, gate, up, *terms, out, rows, gate.shape[0], k, source.stride(0), gate.stride(0), up.stride(0),
         **normed, BIAS0=int(rest[0] is not None), BIAS1=int(rest[1] is not None), ACTIVATION=activation,
-        **values, num_warps=chosen["num_warps"], **dependent_launch(x),
+        **values, num_warps=chosen["num_warps"], **launch(source, blocks, rows),
     )  # fmt: skip
     return out.view(*x.shape[:-1], gate.shape[0])
 
@@ -301,7 +300,7 @@ linear_triple.implementation("decomposed")(linear_triple.reference)
 gated_linear.implementation("decomposed")(gated_linear.reference)
 
 
-def _example(name: str, dtype: str, rows: int, norm: bool = False, pdl: bool = False, **config: int) -> CompileExample:
+def _example(name: str, dtype: str, rows: int, norm: bool = False, pdl: int = 0, **config: int) -> CompileExample:
     names = ("x", "norm", "w0", "w1", "w2", "b0", "b1", "b2", "y0", "y1", "y2")
     signature = dict.fromkeys(names, f"*{dtype}") | {"rows": "i32", "eps": "fp32", "offset": "fp32"}
     signature |= dict.fromkeys(("n0", "n1", "n2", "k", "x_row", "s0", "s1", "s2"), "i32:16")
@@ -314,7 +313,7 @@ def _example(name: str, dtype: str, rows: int, norm: bool = False, pdl: bool = F
     )
 
 
-def _gated_example(name: str, dtype: str, rows: int, pdl: bool = False, **config: int) -> CompileExample:
+def _gated_example(name: str, dtype: str, rows: int, pdl: int = 0, **config: int) -> CompileExample:
     signature = dict.fromkeys(("x", "norm", "w0", "w1", "b0", "b1", "y"), f"*{dtype}") | {"rows": "i32"}
     signature |= dict.fromkeys(("n", "k", "x_row", "s0", "s1"), "i32:16") | {"eps": "fp32", "offset": "fp32"}
     chosen = guess(rows, 4096, 4096, 4 if dtype == "fp32" else 2, split=False) | config
@@ -328,11 +327,11 @@ def _gated_example(name: str, dtype: str, rows: int, pdl: bool = False, **config
 COMPILE_EXAMPLES = (
     () if tl is None else (
         _example("one row", "bf16", 1), _example("one row, normed", "bf16", 1, norm=True, STAGES=3),
-        _example("one row, launched early", "bf16", 1, norm=True, pdl=True),
+        _example("one row, launched early", "bf16", 1, norm=True, pdl=2),
         _example("16 rows", "bf16", 16),
         _example("64 rows", "fp16", 64, BLOCK_N=64, BLOCK_K=64, SWAP=1), _example("4 rows in float32", "fp32", 4),
         _gated_example("gated, one row", "bf16", 1), _gated_example("gated, 64 rows", "bf16", 64),
-        _gated_example("gated, 16 rows, launched early", "bf16", 16, pdl=True),
+        _gated_example("gated, 16 rows, launched early", "bf16", 16, pdl=1),
         _gated_example("gated, 8 rows, the weight on the left", "bf16", 8, BLOCK_N=64, SWAP=1),
     )
 )  # fmt: skip

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fxopt.kernels import _small_matmul, _triton, gated_mlp, rms_norm
 from fxopt.kernels._small_matmul import TILE_ROWS as TILE_ROWS
-from fxopt.kernels._small_matmul import constants, flat, guess, pays, product, rows_of, send_for, served
-from fxopt.kernels._triton import CompileExample, after_launch, dependent_launch, jit, tl
+from fxopt.kernels._small_matmul import constants, flat, guess, launch, pays, product, rows_of, served
+from fxopt.kernels._triton import CompileExample, after_launch, jit, tl
 from fxopt.kernels.gated_mlp import ACTIVATIONS, activate
 from fxopt.ops import Config, Target, fused_op
 
@@ -109,7 +109,6 @@ def _small_linear_kernel(  # type: ignore[no-untyped-def]
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     first = part * span
-    send_for(w, n, k, stride, output, first, PDL, BLOCK_N)
     after_launch(PDL)
     total = product(
         x, w, norm, rows, n, k, first, min(first + span, k), x_row, stride, output, eps, offset,
@@ -157,16 +156,16 @@ def _(x: Tensor, weight: Tensor, *rest: Any, config: Config | None = None) -> Te
     ends = {"BIAS": bias is not None, "ACTIVATION": activation or "", "RESIDUAL": residual is not None}
     b = weight if bias is None else bias.contiguous()
     norm = weight if norm_weight is None else norm_weight.contiguous()
-    blocks, launch = _triton.ceil_div(n, values["BLOCK_N"]), dependent_launch(x)
+    blocks = _triton.ceil_div(n, values["BLOCK_N"])
     _small_linear_kernel[(blocks, split)](
         x, norm, weight, b, added, y, sums, rows, n, k, span, x.stride(0), weight.stride(0), added.stride(0),
         float(eps or 0.0), float(weight_offset), NORM=eps is not None, WEIGHTED=norm_weight is not None, **ends,
-        SPLIT=split, **values, num_warps=chosen["num_warps"], **launch,
+        SPLIT=split, **values, num_warps=chosen["num_warps"], **launch(x, blocks * split, rows),
     )  # fmt: skip
     if split > 1:
         _sum_kernel[(_triton.ceil_div(n, 64),)](
             sums, b, added, y, rows, n, added.stride(0), **ends, SPLIT=split, BLOCK_M=values["BLOCK_M"], BLOCK_N=64,
-            **launch,
+            **launch(x, _triton.ceil_div(n, 64), rows),
         )  # fmt: skip
     return y.view(shape)
 
@@ -175,7 +174,7 @@ def _(x: Tensor, weight: Tensor, *rest: Any, config: Config | None = None) -> Te
 small_linear.implementation("decomposed")(small_linear.reference)
 
 
-def _example(name: str, dtype: str, rows: int, pdl: bool = False, **config: int) -> CompileExample:
+def _example(name: str, dtype: str, rows: int, pdl: int = 0, **config: int) -> CompileExample:
     signature = dict.fromkeys(("x", "norm", "w", "b", "r", "y"), f"*{dtype}") | {"rows": "i32", "sums": "*fp32"}
     signature |= dict.fromkeys(("n", "k", "span", "x_row", "stride", "r_row"), "i32:16")
     signature |= {"eps": "fp32", "offset": "fp32"}
@@ -190,13 +189,13 @@ def _example(name: str, dtype: str, rows: int, pdl: bool = False, **config: int)
 def _sum_example() -> CompileExample:
     signature = {"sums": "*fp32", **dict.fromkeys(("b", "r", "y"), "*bf16"), "rows": "i32", "n": "i32:16"}
     ends = {"BIAS": True, "ACTIVATION": "", "RESIDUAL": True}
-    values = {**ends, "SPLIT": 4, "BLOCK_M": 64, "BLOCK_N": 64, "PDL": False}
+    values = {**ends, "SPLIT": 4, "BLOCK_M": 64, "BLOCK_N": 64, "PDL": 0}
     return CompileExample("sum of 4 parts", _sum_kernel, signature | {"r_row": "i32:16"}, values)
 
 
 COMPILE_EXAMPLES = (
     () if tl is None else (
-        _example("one row", "bf16", 1), _example("one row, launched early", "bf16", 1, pdl=True),
+        _example("one row", "bf16", 1), _example("one row, launched early", "bf16", 1, pdl=2),
         _example("one row, 16 outputs", "fp16", 1, BLOCK_N=16, BLOCK_K=256, STAGES=3),
         _example("16 rows", "bf16", 16, BLOCK_N=16, BLOCK_K=256, STAGES=5),
         _example("8 rows, the weight on the left", "bf16", 8, BLOCK_N=64, SWAP=1, STAGES=5),
