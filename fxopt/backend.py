@@ -48,6 +48,7 @@ from fxopt.rewrite.guard import GraphBroken
 from fxopt.rewrite.plugins import fusions
 from fxopt.rewrite.verify import Verifier
 from fxopt.tune import session, store
+from fxopt.view.inductor import output_code
 from fxopt.view.recall import keep, recall
 from fxopt.view.record import drawn, publish, recording
 from fxopt.view.report import AFTER_AOT, GraphReport, Site
@@ -74,7 +75,9 @@ def fxopt(
     report = GraphReport(name=f"graph {next(_numbers)}", nodes=len(module.graph.nodes))
     report.lowering = f"inductor, mode={chosen.mode}"
     try:
-        run = _without_broken(module, example_inputs, known, chosen, report)
+        with output_code(recording()) as written:
+            run = _without_broken(module, example_inputs, known, chosen, report)
+        report.compiled = "\n".join(written)
     except torch._dynamo.exc.RestartAnalysis:
         raise  # Dynamo is asked to capture the graph again: this one never was
     except Exception as error:
@@ -313,6 +316,7 @@ def _site(choice: Choice, code: str) -> Site:
         arguments=choice.arguments,
         code=code,
         opaque=choice.opaque,
+        placed=choice.placed,
     )
 
 

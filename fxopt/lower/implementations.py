@@ -41,6 +41,7 @@ class Choice:
     code: str  # what stands in the op's place: the traced nodes, or the source of the opaque call
     arguments: tuple[str, ...] = ()  # as expressions, sizes as at the first call
     opaque: bool = False
+    placed: tuple[str, ...] = ()  # the nodes that stand in the op's place
 
 
 def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
@@ -60,17 +61,18 @@ def place_implementations(module: GraphModule, target: Target) -> list[Choice]:
         decision = choose(op, replace(target, device=device), fakes)
         chosen = decision.implementation
         name, made_by = node.name, node.meta.get("fxopt")
+        placed: tuple[str, ...] = (name,)
         if chosen.overload is not None:
             node.target = chosen.overload
             if decision.config:
                 node.kwargs = {**node.kwargs, "config": spelled(decision.config)}
             code = _source(chosen)
         else:
-            code = _inline(module.graph, node, op, decision, args, traces)
+            code, placed = _inline(module.graph, node, op, decision, args, traces)
         if decision.note:
             code = f"# measured: {decision.note}\n{code}"
         passed_over, opaque = decision.passed_over, chosen.overload is not None
-        choices.append(Choice(name, op.name, chosen.name, made_by, passed_over, code, written(fakes), opaque))
+        choices.append(Choice(name, op.name, chosen.name, made_by, passed_over, code, written(fakes), opaque, placed))
     for node in list(module.graph.nodes):
         if STANDS_FOR in node.meta:  # an opaque call, or a raised form that stayed in part
             _restore(module.graph, node)
@@ -88,8 +90,8 @@ def _source(chosen: Implementation) -> str:
 
 def _inline(
     graph: Graph, node: Node, op: FusedOp, chosen: Chosen, args: tuple[Any, ...], traces: dict[Any, GraphModule]
-) -> str:
-    """Put the trace of `chosen` in the place of `node`; the trace as text."""
+) -> tuple[str, tuple[str, ...]]:
+    """Put the trace of `chosen` in the place of `node`; the trace as text, and the nodes that are there now."""
     run = chosen.implementation.configured(chosen.config)
     leaves, structure = tree_flatten(args)
     dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
@@ -104,7 +106,7 @@ def _inline(
             return run(*tree_unflatten(filled, structure))
 
         traced = traces[key] = _trace(program, [val(leaves[i]) for i in dynamic])
-    results = _copy(graph, node, op, traced, [leaves[i] for i in dynamic])
+    results, placed = _copy(graph, node, op, traced, [leaves[i] for i in dynamic])
     originals = node.meta.get("val")
     if isinstance(originals, (tuple, list)):
         for user in list(node.users):
@@ -114,7 +116,7 @@ def _inline(
         graph.erase_node(node)
     else:
         _replace(graph, node, results[0])
-    return str(traced.code).strip()
+    return str(traced.code).strip(), placed
 
 
 def _key(leaf: Any) -> Any:
@@ -140,10 +142,13 @@ def _trace(program: Callable[..., Any], values: list[Any]) -> GraphModule:
     return traced
 
 
-def _copy(graph: Graph, node: Node, op: FusedOp, traced: GraphModule, inputs: list[Node]) -> list[Any]:
-    """Copy the nodes of `traced` before `node`; the nodes that stand for its results."""
+def _copy(
+    graph: Graph, node: Node, op: FusedOp, traced: GraphModule, inputs: list[Node]
+) -> tuple[list[Any], tuple[str, ...]]:
+    """Copy the nodes of `traced` before `node`; the nodes that stand for its results, and the copies' names."""
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     environment: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))
+    placed = []
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op != "call_function":
@@ -155,7 +160,8 @@ def _copy(graph: Graph, node: Node, op: FusedOp, traced: GraphModule, inputs: li
             # What Inductor names kernels after, where it is asked to (descriptive_names="torch").
             copy.meta["source_fn_stack"] = [(node.name, op.name)]
             environment[inner] = copy
-    return [environment[n] for n in tree_leaves(traced.graph.output_node().args[0])]
+            placed.append(copy.name)
+    return [environment[n] for n in tree_leaves(traced.graph.output_node().args[0])], tuple(placed)
 
 
 def _replace(graph: Graph, old: Node, new: Node) -> None:

@@ -21,7 +21,8 @@ _TOLD = ("steps", "misses", "sites", "generated")
 def keep(report: GraphReport, key: str) -> None:
     """Keep what `report` says of the rewrite; nothing happens where the cache can't be written."""
     folder = cachedir.cachedir("reports")
-    short = replace(report, before="", after="", parts=[])  # the graphs are long, and told only to who recorded them
+    # What is long is told only to those who recorded it.
+    short = replace(report, before="", after="", compiled="", parts=[])
     if folder is not None:
         cachedir.write(folder / f"{_name(key)}.json", json.dumps(to_dict(Report([short], []))).encode())
 

@@ -33,6 +33,7 @@ class Site:
         arguments: the op's arguments as expressions, sizes and strides as at the first call
         code: name of what stands in the op's place, in the graph's `generated`
         opaque: it is one call, which the compiler doesn't see into; else nodes that are compiled with their neighbours
+        placed: those nodes, by name, or the call
     """
 
     fusion: str
@@ -46,6 +47,7 @@ class Site:
     arguments: tuple[str, ...] = ()
     code: str = ""
     opaque: bool = False
+    placed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class GraphReport:
         misses: near misses, the farthest first
         sites: where a fused op took over
         generated: name -> what stands in fused ops' places: the traced nodes, or the source of the opaque call
+        compiled: Inductor's output code for the graph (its forward), where somebody listened
         seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
         lowering: who compiled it, and in which mode
         notes: what else there is to know, in words
@@ -120,6 +123,7 @@ class GraphReport:
     misses: list[NearMiss] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     generated: dict[str, str] = field(default_factory=dict, repr=False)
+    compiled: str = field(default="", repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     lowering: str = ""
     notes: list[str] = field(default_factory=list)

@@ -26,6 +26,7 @@ from fxopt.view.report import GraphReport, Kernel, Part, Site
 
 if TYPE_CHECKING:
     from fxopt.view.report import Report
+    from fxopt.view.sheets import Sheets
 
 #: raised whenever a field changes its meaning, so that an old file is refused and not misread
 SCHEMA = 2
@@ -97,7 +98,7 @@ def page(report: Report) -> str:
     from markupsafe import Markup
 
     from fxopt.view.highlight import highlighted
-    from fxopt.view.sheets import sheets
+    from fxopt.view.sheets import Sheets
 
     def asset(name: str) -> Markup:
         return Markup(files("fxopt.view").joinpath("assets", name).read_text(encoding="utf-8").strip())  # our own
@@ -113,15 +114,15 @@ def page(report: Report) -> str:
     environment.filters.update(short=text.short_source, verdict=text.verdict, seconds=text.duration, failed=text.failed)
     environment.filters.update(grouped=text.grouped_sites, overall=text.overall)
     environment.filters.update(highlighted=lambda source: highlighted(text.clean(source)))
-    script = asset("page.js")
+    script, sheets = asset("page.js"), Sheets(report)
     return environment.get_template("page.html.j2").render(
         report=report,
         summary=text.summary(report),
         fused=text.fused(report),
         raised=text.raised(report),
         misses=text.grouped_misses(report.misses),
-        sheets=sheets(report),
-        data=Markup(page_data(report)),
+        sheets=sheets.all(),
+        data=Markup(page_data(report, sheets)),
         style=asset("page.css"),
         dagre=asset("dagre.min.js"),
         layout=asset("layout.js"),
@@ -131,18 +132,17 @@ def page(report: Report) -> str:
     )
 
 
-def page_data(report: Report) -> str:
+def page_data(report: Report, sheets: Sheets | None = None) -> str:
     """The report as the page's script reads it: JSON that is safe inside of a script element.
 
     What the page has in its tables is left out: the graphs as text, and source, of which each site names its sheets.
     """
-    from fxopt.view.sheets import of_sites
+    from fxopt.view.sheets import Sheets
 
     data = to_dict(report)
     data["kernels"] = []
-    for graph, known, named in zip(data["graphs"], report.graphs, of_sites(report), strict=True):
-        graph["before"] = graph["after"] = ""
-        graph["generated"] = {}
+    for graph, known, named in zip(data["graphs"], report.graphs, (sheets or Sheets(report)).of_sites, strict=True):
+        graph |= {"before": "", "after": "", "generated": {}, "compiled": ""}
         for site, told, names in zip(graph["sites"], known.sites, named, strict=True):
             site |= {"computed": text.computed(told, known.lowering), "sheets": names}
     encoded = json.dumps(data, separators=(",", ":"), allow_nan=False)
@@ -216,6 +216,7 @@ def _site(data: Mapping[str, Any]) -> Site:
         "verdict": _verdict(data["verdict"]),
         "passed_over": tuple((name, objection) for name, objection in data["passed_over"]),
         "arguments": tuple(data.get("arguments", ())),
+        "placed": tuple(data.get("placed", ())),
     }
     return Site(**{**data, **made})
 

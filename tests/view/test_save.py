@@ -213,7 +213,7 @@ def test_hostile_strings_stay_text_in_the_page(hostile, tmp_path):
 def test_the_script_reads_what_the_json_has(hostile):
     data, read = hostile.to_dict(), json.loads(save.page_data(hostile))
     for graph in data["graphs"]:
-        graph |= {"before": "", "after": "", "generated": {}}  # as text they are in the page already
+        graph |= {"before": "", "after": "", "generated": {}, "compiled": ""}  # as text they are in the page already
     for site in (site for graph in read["graphs"] for site in graph["sites"]):
         assert site.pop("computed")
         assert site.pop("sheets") == []  # its op is unknown, and no code bears its name
@@ -236,8 +236,8 @@ def test_source_is_in_the_page_once(make):
     assert html.count("_the_kernel") == 1
     assert Page(html).text.count("def forward(self, x): return x") == 1
     first, second = (graph["sites"] for graph in json.loads(save.page_data(report))["graphs"])
-    assert first[0]["sheets"] == [["kernel-0", "what computes it"]]
-    assert [id for id, _ in second[1]["sheets"]] == ["code-0", "kernel-0"]
+    assert first[0]["sheets"] == [["sheet-0", "what computes it"]]
+    assert [id for id, _ in second[1]["sheets"]] == ["sheet-1", "sheet-0"]
     assert (
         second[1]["sheets"][1][1]
         == "the op's own kernel, passed over here: the inputs are on cpu, not on a CUDA device"

@@ -265,19 +265,18 @@
   const LINE = 18.6; // its height, in CSS pixels
   const kernelAt = (pre) => Math.max(0, pre.textContent.split("\n").findIndex((line) => /^@triton\.jit/.test(line))) * LINE; // past imports and reference
 
-  async function copy(button, pre) {
-    const range = document.createRange(), selection = getSelection();
-    range.selectNodeContents(pre);
-    selection.removeAllRanges();
-    selection.addRange(range);
-    let done = document.execCommand("copy"); // in a sandboxed frame the clipboard's own interface is not allowed
-    if (!done) done = await navigator.clipboard?.writeText(pre.textContent).then(() => true, () => false);
-    if (done) selection.removeAllRanges();
-    button.textContent = done ? "copied" : "press Ctrl+C";
+  async function copy(button, words) {
+    let done = false;
+    const put = (event) => { event.clipboardData.setData("text/plain", words); event.preventDefault(); done = true; };
+    document.addEventListener("copy", put);
+    document.execCommand("copy"); // in a sandboxed frame the clipboard's own interface is not allowed
+    document.removeEventListener("copy", put);
+    if (!done) done = await (navigator.clipboard?.writeText(words).then(() => true, () => false));
+    button.textContent = done ? "copied" : "not allowed here";
     setTimeout(() => { button.textContent = "copy"; }, 1500);
   }
 
-  const copies = (pre) => make("button", { class: "chip", title: "copy this source", onclick: (event) => { event.preventDefault(); copy(event.currentTarget, pre); } }, "copy");
+  const copies = (pre) => make("button", { class: "chip", title: "copy this source", onclick: (event) => { event.preventDefault(); copy(event.currentTarget, pre.textContent); } }, "copy");
 
   function parts(id) { // of a sheet: language, title, note, and a copy of its source
     const [language, title, note] = ["i", "strong", "small"].map((tag) => $(id).querySelector(`summary ${tag}`).textContent);
@@ -285,12 +284,12 @@
   }
 
   function sheet(id, note, item) {
-    const { language, title, note: size, pre } = parts(id), lines = pre.textContent.split("\n");
+    const { language, title, note: size, pre } = parts(id), lines = pre.textContent.trimEnd().split("\n");
     const open = make("button", { class: "chip", title: "read it in the middle", onclick: () => read(id, item) }, "open");
     const more = make("button", { class: "more", onclick: () => { made.classList.remove("folded"); more.remove(); } }, `all ${lines.length} lines`);
     const long = lines.length > FOLDED + 4;
     const made = make("div", { class: `sheet${long ? " folded" : ""}` }, make("div", { class: "head" }, make("i", {}, language), make("strong", {}, title), open, copies(pre)),
-      make("p", { class: "soft small" }, `${note} (${size})`), pre, long ? more : null);
+      make("p", { class: "soft small" }, `${note} (${size})`), language === "Inductor" ? null : [pre, long ? more : null]); // of the whole graph: to be opened
     if (long) requestAnimationFrame(() => { pre.scrollTop = kernelAt(pre); });
     return made;
   }
