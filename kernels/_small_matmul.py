@@ -108,6 +108,8 @@ def pays(target: Target, x: Tensor, *rest: Any) -> str | None:
         return None if rows <= most else f"the Triton kernel was asked for up to {most} rows; there are {rows}"
     if not target.cuda_graphs:
         return "outside of CUDA graphs its launch from Python costs the host more than the GPU is believed to save"
+    if rows > 1 and x.dtype.itemsize > 2:
+        return "several rows of float32 are multiplied without tensor cores, which was not measured to pay"
     return None
 
 

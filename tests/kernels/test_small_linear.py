@@ -115,7 +115,8 @@ def test_the_activation_must_be_known():
         small_linear.reference(torch.randn(2, 3), torch.randn(4, 3), activation="swish")
 
 
-CUDA = Target(torch.device("cuda"))
+CUDA, GRAPHS = Target(torch.device("cuda")), Target(torch.device("cuda"), cuda_graphs=True)
+HALF = dict(enumerate(case((4,), 6, 8, F16, "cpu", PARTS[:3])[:4]))
 
 
 @pytest.mark.parametrize("target, rows, most, change, reason", [
@@ -123,8 +124,10 @@ CUDA = Target(torch.device("cuda"))
     (CUDA, 17, 16, {}, "up to 16 rows; there are 17"),
     (CUDA, 65, 999, {}, "up to 64 rows; there are 65"),
     (CUDA, 4, 0, {}, "outside of CUDA graphs"),
-    (Target(torch.device("cuda"), cuda_graphs=True), 4, 0, {}, None),
-    (Target(torch.device("cuda"), cuda_graphs=True), 4, 3, {}, "up to 3 rows; there are 4"),
+    (GRAPHS, 1, 0, {}, None),
+    (GRAPHS, 4, 0, {}, "several rows of float32"),
+    (GRAPHS, 4, 0, HALF, None),
+    (GRAPHS, 4, 3, {}, "up to 3 rows; there are 4"),
     (CUDA, 4, 16, {6: 1e-5}, "norms one row; there are 4"),
     (CUDA, 1, 16, {6: 1e-5}, None),
     (Target(torch.device("cpu")), 4, 16, {}, "CUDA device"),

@@ -201,7 +201,7 @@ def test_where_it_is_believed_to_pay(monkeypatch, target, rows, believed, mode):
     pytest.importorskip("triton")
     monkeypatch.setenv("FXOPT_CACHE_DIR", "")
     with FakeTensorMode(), session(mode, target):
-        given, weight = torch.empty(rows, 16, device="cuda"), torch.empty(8, 16, device="cuda")
+        given, weight = (torch.empty(n, 16, device="cuda", dtype=torch.bfloat16) for n in (rows, 8))
         assert may_pay(small_linear, given, weight) == believed
 
 
