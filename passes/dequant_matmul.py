@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxopt.graph.query import is_tensor, users, val
+from fxopt.graph.query import is_call, is_tensor, users, val
 from fxopt.graph.scope import Scope
 from fxopt.graph.symbols import is_static, known_equal
 from fxopt.kernels import _int4
@@ -97,6 +97,9 @@ def _root(product: Product) -> Node | Miss | None:
         return None
     found = []
     for node in leaves:
+        other = _other(node, nodes, product)
+        if other is not None:
+            return other
         if not is_tensor(node) or val(node).dtype not in INTEGERS or constant(node):
             continue
         if not all(map(is_static, val(node).shape)):
@@ -111,6 +114,21 @@ def _root(product: Product) -> Node | Miss | None:
     if len(found) > 1:
         return Miss("the weight is made of two integer tensors of that size", found[1], 1)
     return found[0] if found else None
+
+
+def _other(node: Node, nodes: list[Node], product: Product) -> Miss | None:
+    """Refusal of a weight that is quantised in a way that no op reads, one element of `node` for each of the weight."""
+    if not is_tensor(node) or not known_equal(val(node).numel(), val(product.weight).numel()) or constant(node):
+        return None
+    dtype = val(node).dtype
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return Miss(f"the weight is {dtype}: only integers have a fused op", node, 1)
+    if dtype in (torch.int16, torch.int32, torch.int64) and any(is_call(n, aten.mul, aten.div) for n in nodes):
+        what = f"the weight's integers are {dtype}, one for each weight: the fused ops read int8, or 4 bits packed"
+        return Miss(what, node, 1, "store the weight as int8, or packed")
+    if is_call(node, aten.index.Tensor) and is_tensor(node.args[0]) and val(node.args[0]).dim() == 1:
+        return Miss(f"the weight is looked up in the table {node.args[0]}, as in NF4: that has no fused op", node, 1)
+    return None
 
 
 def _match(product: Product, root: Node) -> Match | Miss:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _LINEARS = (aten.linear, aten.mm, aten.addmm, aten.matmul)
+#: activations that gate nothing we have an op for: said where they gate a linear layer
+_OTHERS = (aten.mish, aten.hardswish, aten.hardsigmoid, aten.hardtanh, aten.elu, aten.selu, aten.celu, aten.softplus,
+           aten.leaky_relu, aten.log_sigmoid)  # fmt: skip
 _PARTS = (aten.slice, aten.split, aten.chunk, aten.split_with_sizes, aten.select, aten.unbind)
 
 
@@ -41,14 +44,16 @@ class FuseGatedMLP(Fusion):
     Refused where gate and up differ in shape (one gate for many values), or the activation is also used elsewhere.
     """
 
-    anchors = (*ANCHORS, aten.glu)
+    anchors = (*ANCHORS, aten.glu, *_OTHERS)
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
         """The activation at `node`, and the product that it goes into."""
         if is_call(node, aten.glu):
             return Match((node,), frozenset({node}), {"x": node.args[0]}, {"activation": "sigmoid", "from": "glu"})
-        found = activation_at(node)
-        if found is None or not val(found.out).dtype.is_floating_point:
+        found = None if is_call(node, *_OTHERS) else activation_at(node)
+        if found is None:
+            return _nearly(node, node.args[0], f"{_op(node)} is none of the activations that the fused op knows")
+        if not val(found.out).dtype.is_floating_point:
             return None
         active, nodes = found.out, set(found.nodes)
         while len(users(active)) == 1 and is_cast(users(active)[0]):
@@ -56,7 +61,8 @@ class FuseGatedMLP(Fusion):
             nodes.add(active)
         products = [user for user in users(active) if is_call(user, aten.mul.Tensor)]
         if not products:
-            return None
+            changed = users(active)[0] if len(users(active)) == 1 else None
+            return _nearly(changed, found.x, f"the {found.name} is changed before the product") if changed else None
         if len(users(active)) > 1:
             return Miss(f"the {found.name} is used more than once", active, 1)
         (product,) = products
@@ -108,6 +114,23 @@ class FuseGatedMLP(Fusion):
             name="a gate that is broadcast",
         )
         yield Example(_used_twice, pair, sites=0, refused="used more than once", name="the activation is returned too")
+
+
+def _nearly(active: Node, x: object, reason: str) -> Miss | None:
+    """A miss where `active`, pointwise in `x`, gates a linear layer and comes from one; None where there is no such."""
+    pointwise = torch.Tag.pointwise in getattr(active.target, "tags", ()) or is_call(active, *_OTHERS)  # not all say so
+    if not pointwise or not is_tensor(active) or not is_tensor(x) or not same_shape(val(x).shape, val(active).shape):
+        return None
+    for product in users(active):
+        if is_call(product, aten.mul.Tensor) and len(product.all_input_nodes) == 2:
+            (up,) = set(product.all_input_nodes) - {active}
+            if _origin(x, up) != "tensors":  # type: ignore[arg-type]  # is_tensor says that it is a node
+                return Miss(reason, active, 1)
+    return None
+
+
+def _op(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
 def _with_casts(match: Match, out: Node, active: Node) -> Match:
