@@ -28,8 +28,8 @@ aten = torch.ops.aten
 
 _LINEARS = (aten.linear, aten.mm, aten.addmm, aten.matmul)
 #: activations that gate nothing we have an op for: said where they gate a linear layer
-_OTHERS = (aten.mish, aten.hardswish, aten.hardsigmoid, aten.hardtanh, aten.elu, aten.selu, aten.celu, aten.softplus,
-           aten.leaky_relu, aten.log_sigmoid)  # fmt: skip
+_OTHERS = (aten.mish, aten.hardswish, aten.hardsigmoid, aten.hardtanh, aten.relu6, aten.elu, aten.selu, aten.celu,
+           aten.softplus, aten.leaky_relu, aten.log_sigmoid)  # fmt: skip
 _PARTS = (aten.slice, aten.split, aten.chunk, aten.split_with_sizes, aten.select, aten.unbind)
 
 
