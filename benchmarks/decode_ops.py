@@ -1,6 +1,7 @@
 """The parts of a decode step one by one: eager, Inductor in three modes, fxopt's kernels; held against bandwidth.
 
-    python benchmarks/decode_ops.py --out FOLDER [--cases rms_norm qkv ...] [--seconds 330] [--table]
+    python benchmarks/decode_ops.py --out FOLDER [--cases rms_norm qkv ...] [--seconds 330]
+    python benchmarks/decode_ops.py --out FOLDER --table FOLDER/decode_ops.json
 
 Writes FOLDER/decode_ops.json and FOLDER/decode_ops.md, anew after every case, so that a run that is cut short leaves
 what it has. A time is the median of a call in a CUDA graph whose calls use several sets of arguments in turn, together
@@ -9,8 +10,8 @@ first, and is left out if its error is more than twice eager mode's. The limit i
 over the bandwidth of a large copy, measured first.
 
 "fxopt" is the kernel as it guesses itself, "fxopt tuned" the best of its configurations. Cases are in order of
-importance: what does not fit into --seconds is left out, the slowest modes first. With --table the same cases are put
-to the tuner and its store is written to FOLDER/tune_table.json, for `fxopt/tune/tables/`.
+importance: what does not fit into --seconds is left out, the slowest modes first. What the tuner would make of it is
+written to FOLDER/tune_table.json, for `fxopt/tune/tables/`; --table makes it of an earlier report.
 
 On a CPU (--device cpu --tiny, Triton's interpreter) it shows that it runs, and no figure means anything.
 """
@@ -38,7 +39,9 @@ from fxopt.kernels.shared_input_linear import gated_linear, linear_triple
 from fxopt.kernels.small_linear import small_linear
 from fxopt.ops import FusedOp, Target, spelled
 from fxopt.rewrite.evaluate import Promote
-from fxopt.tune import choose, key, session, store, timing
+from fxopt.tune import key, store, timing
+from fxopt.tune.measure import Candidate, best
+from fxopt.tune.timing import Timing
 from timing import copy_bandwidth
 
 MODES: dict[str, dict[str, Any] | None] = {
@@ -233,19 +236,32 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tune(chosen: Sequence[Case], device: torch.device, until: float) -> list[str]:
-    """Put the cases to the tuner, as a compiled decode step in a CUDA graph would; what it says of each."""
-    target = Target(device, cuda_graphs=True)
-    said = []
-    with session("full", target):
-        for case in chosen:
-            if time.monotonic() > until:
-                said.append(f"{case.group} {case.shapes}: out of time")
-                continue
-            found = choose(case.op, target, tree_map(lambda a: a, case.make()))
-            name = f"{found.implementation.name} {spelled(found.config or {})}".strip()
-            said.append(f"{case.group} {case.shapes}: {name} ({found.note or 'by rule'})")
-    return said
+def table(report: dict[str, Any]) -> list[store.Entry]:
+    """What the tuner would know of a GPU whose report this is: an entry for each case with configurations."""
+    known = {(case.group, case.shapes): case for case in cases("meta", getattr(torch, report["dtype"]), False)}
+    target = Target(torch.device("cuda"), cuda_graphs=True)
+    entries = []
+    for row in report["rows"]:
+        case = known.get((row["case"], row["shapes"]))
+        if case is None or "tuned" not in " ".join(row.get("times", ())):
+            continue
+        kernel = next(i for i in case.op.implementations if i.name == "triton")
+        own = next(i for i in case.op.implementations if i.name == "decomposed")
+        times = {Candidate(own): row["times"]["inductor"]}
+        for label, found in row["times"].items():
+            if label.startswith("fxopt"):
+                words = label.removeprefix("fxopt").removeprefix(" tuned").split()
+                config = {name: int(value) for name, _, value in (word.partition("=") for word in words)}
+                times[Candidate(kernel, config or None)] = found
+        taken = {c: Timing(found["us"] * 1e-6, found["spread"]) for c, found in times.items()}
+        args = case.make()
+        incumbent = kernel if kernel.objection(target, *args) is None else own
+        parts = key.describe(case.op, target, key.concrete(args), {})
+        del parts["code"]  # that of today, maybe not what was measured
+        parts |= {"device": report["device"] + " " + report["architecture"]}
+        parts |= {"software": f"torch {report['torch']}, triton {report['triton']}"}
+        entries.append(best(taken, incumbent, parts, {}))
+    return entries
 
 
 def versions() -> dict[str, str]:
@@ -267,31 +283,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tiny", action="store_true", help="sizes for a trial on a CPU")
-    parser.add_argument("--table", action="store_true", help="run the tuner on the cases too, and export its store")
+    parser.add_argument("--table", type=Path, metavar="REPORT", help="measure nothing: a table from decode_ops.json")
     given = parser.parse_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.table is not None:
+        report = json.loads(given.table.read_text())
+        store.write_table(given.out / "tune_table.json", table(report))
+        return report
     until = time.monotonic() + given.seconds
     device = torch.device(given.device)
     dtype: torch.dtype = getattr(torch, given.dtype)
     chosen = [c for c in cases(given.device, dtype, given.tiny) if not given.cases or c.group in given.cases]
     if not chosen:
         parser.error(f"no case is called {given.cases}")
-    given.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with torch.no_grad():
         bandwidth = copy_bandwidth(device, 2**20 if given.tiny else 2**30)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        report: dict[str, Any] = {
+        report = {
             "device": name,
+            "architecture": "sm_{}{}".format(*torch.cuda.get_device_capability()) if device.type == "cuda" else "",
             **versions(),
             "dtype": given.dtype,
             "bandwidth": bandwidth,
             "rows": [],
         }
-        share = until - given.seconds * (0.3 if given.table else 0.0)
         for case in chosen:
             start = time.monotonic()
             try:
-                row = measured(case, given.modes, bandwidth, device, share, 2 if given.tiny else None)
+                row = measured(case, given.modes, bandwidth, device, until, 2 if given.tiny else None)
             except torch.cuda.OutOfMemoryError as reason:
                 row = {"case": case.group, "shapes": case.shapes, "limit": 0.0, "left_out": {"all": str(reason)[:200]}}
             row["seconds"] = round(time.monotonic() - start, 1)
@@ -299,11 +319,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             (given.out / "decode_ops.json").write_text(json.dumps(report, indent=1) + "\n")
             (given.out / "decode_ops.md").write_text(markdown(report))
             print(row["case"], row["shapes"], row.get("best"), row["left_out"], f"{row['seconds']} s", flush=True)
-        if given.table:
-            report["tuner"] = tune(chosen, device, until)
-            (given.out / "decode_ops.json").write_text(json.dumps(report, indent=1) + "\n")
-            entries = store.export(given.out / "tune_table.json", device="" if device.type == "cpu" else name)
-            print(*report["tuner"], f"{entries} entries in tune_table.json", sep="\n")
+        if device.type == "cuda" and not given.tiny:
+            store.write_table(given.out / "tune_table.json", table(report))
     print(markdown(report))
     return report
 

@@ -69,11 +69,13 @@ def may_pay(op: FusedOp, *fakes: Any) -> bool:
     if wanted.mode == "off":
         return believed
     metas = key.concrete(args)
+    parts = key.describe(op, target, metas, wanted.inductor)
+    entry = store.load(key.signature(parts), key.portable(parts))
+    if entry is None and believed:
+        return True
     found = candidates(op, target, args, metas)
-    entry = store.load(key.signature(key.describe(op, target, metas, wanted.inductor)))
     if entry is None:
-        opaque = any(candidate.implementation.opaque for candidate in found)
-        return believed or (opaque and wanted.objection() is None)
+        return wanted.objection() is None and any(candidate.implementation.opaque for candidate in found)
     chosen = _match(entry, found)
     return chosen is not None and chosen.implementation.opaque
 
@@ -89,7 +91,7 @@ def _known(
     """What is stored, or else what a measurement gives, where the session allows one."""
     parts = key.describe(op, target, metas, wanted.inductor)
     signature = key.signature(parts)
-    entry = store.load(signature)
+    entry = store.load(signature, key.portable(parts))
     if entry is not None or wanted.objection() is not None:
         return entry
     try:

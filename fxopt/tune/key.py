@@ -58,6 +58,14 @@ def signature(parts: Mapping[str, str]) -> str:
     return _hash(sorted(parts.items()))
 
 
+def portable(parts: Mapping[str, str]) -> str:
+    """A hash of the parts that a shipped table goes by: whatever the versions of the op's code and of the software.
+
+    They are what the times depend on, not what is right: a configuration that is no candidate any more is ignored.
+    """
+    return _hash(sorted((name, part) for name, part in parts.items() if name not in ("code", "software")))
+
+
 def bucket(size: int) -> str:
     """The sizes among which `size` counts as the same."""
     if size <= 16:

@@ -2,8 +2,8 @@
 
 One small file a measurement, written in one step, named after its signature and repeating it: a file that is truncated,
 corrupted, for another signature or of another shape is as good as none. Whoever writes last wins, and both were right.
-The tables (`fxopt/tune/tables/*.json`) are the same entries, measured on the device that they name; `export` writes
-one. The user's own measurements come first.
+The tables (`fxopt/tune/tables/*.json`) hold the same entries, measured on the device that they name, and serve other
+versions of the software too (`key.portable`); `write_table` writes one. The user's own measurements come first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fxopt import cachedir
+from fxopt.tune import key
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -61,10 +62,10 @@ class Entry:
 _memory: dict[str, Entry | None] = {}
 
 
-def load(signature: str) -> Entry | None:
-    """What is known under that signature."""
+def load(signature: str, portable: str = "") -> Entry | None:
+    """What is known under that signature, or in a table under the `portable` one."""
     if signature not in _memory:
-        _memory[signature] = _read(signature) or _tables().get(signature)
+        _memory[signature] = _read(signature) or _tables().get(portable)
     return _memory[signature]
 
 
@@ -89,7 +90,8 @@ def fingerprint() -> str:
     for file in folder.glob("*.json") if folder is not None else ():
         with contextlib.suppress(OSError):  # removed meanwhile
             on_disk[file.stem] = f"{file.stem} {file.stat().st_mtime_ns}"
-    unwritten = [repr((s, e)) for s, e in _memory.items() if e is not None and s not in on_disk and s not in _tables()]
+    shipped = {id(entry) for entry in _tables().values()}
+    unwritten = [repr((s, e)) for s, e in _memory.items() if e and s not in on_disk and id(e) not in shipped]
     found = [*on_disk.values(), *unwritten, *_tables()]
     return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
 
@@ -98,11 +100,16 @@ def export(path: Path, *, device: str) -> int:
     """Write what the store holds for `device` (a part of its name) as a table; how many entries that are."""
     folder = cachedir.cachedir("tune")
     files = sorted(folder.glob("*.json")) if folder is not None else []
-    known = {file.stem: _read(file.stem) for file in files}
-    chosen = {s: e for s, e in known.items() if e is not None and device in e.key.get("device", "")}
-    text = ",\n".join(_text(signature, entry) for signature, entry in chosen.items())
-    path.write_text(f'{{"format": {FORMAT}, "entries": [\n{text}\n]}}\n')
+    known = [_read(file.stem) for file in files]
+    chosen = [entry for entry in known if entry is not None and device in entry.key.get("device", "")]
+    write_table(path, chosen)
     return len(chosen)
+
+
+def write_table(path: Path, entries: Iterable[Entry]) -> None:
+    """Write `entries` as a table."""
+    text = ",\n".join(_text(key.signature(entry.key), entry) for entry in entries)
+    path.write_text(f'{{"format": {FORMAT}, "entries": [\n{text}\n]}}\n')
 
 
 def _text(signature: str, entry: Entry) -> str:
@@ -125,7 +132,8 @@ def _tables() -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for file in sorted(TABLES.glob("*.json")):
         try:
-            found |= dict(_entries(json.loads(file.read_bytes())["entries"]))
+            entries = _entries(json.loads(file.read_bytes())["entries"])
+            found |= {key.portable(entry.key): entry for _, entry in entries}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return found
