@@ -105,6 +105,12 @@ def test_its_pages_open_in_a_browser(path, executed, tmp_path):
         inner.locator("g.node").first.wait_for()
         inner.locator("#list .row").first.click()
         assert inner.locator("#details h2").inner_text()
+        if path.stem.startswith("1"):  # a rewrite, and not a near miss: what it replaced, from which line, by what
+            inner.locator("g.old").first.wait_for()
+            details = inner.locator("#details").inner_text()
+            assert "transformers/models/llama/modeling_llama.py:" in details
+            assert "nodes replaced" in details
+            assert inner.locator("#details .sheet pre").count() >= 1
         page.screenshot(path=tmp_path / "notebook.png", full_page=True)
     assert errors == []
     assert [url for url in requests if not url.startswith(("blob:", "data:", "about:"))] == [file.as_uri()]

@@ -87,8 +87,8 @@ def llama():
 
 def test_a_model_of_32_layers_opens_at_once(llama, opened):
     assert llama.counts()["attention"] == LAYERS
-    page, told = opened(llama)
-    assert told.seconds < 4  # 0.5 to 0.8 s on a shared core; the aim is 2 s
+    page, told = min((opened(llama) for _ in range(2)), key=lambda each: each[1].seconds)
+    assert told.seconds < 2  # 0.4 to 0.8 s on a shared core
     assert page.locator("#list .kind > summary").count() == len(llama.counts())
     began = time.perf_counter()
     page.keyboard.press("2")
