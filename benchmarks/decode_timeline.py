@@ -87,23 +87,23 @@ class Timeline:
 def analyse(kernels: Sequence[Kernel], layers: int, limits: dict[str, float]) -> Timeline:
     """The timeline of one step. `limits` are the microseconds that the bytes of each kind of kernel take.
 
-    Kernels that overlap count once in `busy`. Raises ValueError where there are none.
+    Where kernels overlap, that time is the earlier one's: a kernel that was launched early waits for it. Raises
+    ValueError where there are none.
     """
     if not kernels:
         raise ValueError("the profiler saw no kernels in the step")
     ordered = sorted(kernels, key=lambda k: k.start)
     busy, until = 0.0, ordered[0].start
-    for kernel in ordered:
-        busy += max(0.0, kernel.end - max(until, kernel.start))
-        until = max(until, kernel.end)
-    span = until - ordered[0].start
     kinds: dict[str, float] = {}
     names: dict[str, tuple[int, float]] = {}
     for kernel in ordered:
-        taken = kernel.end - kernel.start
+        taken = max(0.0, kernel.end - max(until, kernel.start))
+        until = max(until, kernel.end)
+        busy += taken
         kinds[kernel.kind] = kinds.get(kernel.kind, 0.0) + taken
         count, total = names.get(kernel.name, (0, 0.0))
         names[kernel.name] = count + 1, total + taken
+    span = until - ordered[0].start
     losses = {"gaps between kernels": span - busy}
     for kind, taken in kinds.items():
         words = f"{kind} kernels beyond their bytes" if kind in limits else f"{kind} kernels"

@@ -29,7 +29,7 @@ def test_a_timeline_adds_up():
     assert (found.span, found.busy, found.gaps, found.kernels, found.a_layer, found.limit) == (33, 27, 6, 5, 2.5, 16)
     assert found.losses == [
         ("matmul kernels beyond their bytes", 7.0), ("gaps between kernels", 6.0), ("other kernels", 2.0),
-        ("attention kernels beyond their bytes", 2.0), ("copy kernels", 1.0),
+        ("attention kernels beyond their bytes", 1.0), ("copy kernels", 1.0),
     ]  # fmt: skip
     assert found.longest[0] == ("ampere_gemm", 2, 22)
 
