@@ -85,9 +85,9 @@ def within_bounds(first: Tensor | None, last: Tensor | None, keys: int) -> Tenso
 
 
 def spread(bias: Tensor, rows: int, keys: int) -> Tensor:
-    """A bias by key or by distance, [B or 1, Hq or 1, N or M + N - 1], as one that is added to [B, Hq, M, N] scores."""
-    if known_equal(bias.shape[-1], keys):
-        return bias.unsqueeze(-2)
+    """A bias by key [.., .., 1, N] or by distance [.., .., M + N - 1] as one that is added to scores [B, Hq, M, N]."""
+    if bias.dim() == 4:
+        return bias
     row, key = torch.arange(rows, device=bias.device), torch.arange(keys, device=bias.device)
     return bias[..., key + (rows - 1 - row)[:, None]]
 

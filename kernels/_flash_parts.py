@@ -237,7 +237,7 @@ def operands(
     factor = None if factor is None else _single(factor).expand(shape)
     by = 0
     if bias is not None:
-        by = BY_KEY if bias.shape[-1] == shape[3] else BY_DISTANCE
+        by = BY_KEY if bias.dim() == 4 else BY_DISTANCE
         bias = at_zero(_dense(_single(bias)), by, shape)
     sink = None if sink is None else _single(sink).expand(*shape[:3], 1)
     first, last = (None if t is None else t.expand(shape[:3]) for t in (first, last))
@@ -252,8 +252,9 @@ def operands(
 
 def at_zero(bias: Tensor, by: int, shape: tuple[int, int, int, int]) -> Tensor:
     """[B, Hq, ...] of a bias, for scores of `shape`: from its first key on, or distance 0, to be read around it."""
-    bias = bias.expand(*shape[:2], bias.shape[-1])
-    return bias[..., shape[2] - 1 :] if by == BY_DISTANCE else bias
+    if by == BY_KEY:
+        return bias[:, :, 0].expand(*shape[:2], shape[3])
+    return bias.expand(*shape[:2], bias.shape[-1])[..., shape[2] - 1 :]
 
 
 def _single(x: Tensor) -> Tensor:

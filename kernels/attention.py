@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.graph.symbols import hint, known_equal, known_true
+from fxopt.graph.symbols import Dim, hint, known_equal, known_true
 from fxopt.kernels import _attention_sdpa, _flash, attention_training
 from fxopt.kernels._attention_sdpa import (
     ABSORBING,
@@ -83,10 +83,10 @@ def attention(
     `empty_rows` is the result of rows in which every score is -inf: "nan" or "zero". With "uniform" a boolean mask
     fills in a huge finite number in place of -inf, so rows that it masks throughout are averages.
     `factor` (broadcasts to [B, Hq, M, N]) multiplies the scaled scores and `softcap` keeps them within +-softcap, both
-    before the mask. `bias` is a float that is added before the mask, finite where `empty_rows` is "uniform". It
-    broadcasts to [B, Hq, N], a number for each key, or to [B, Hq, M + N - 1], a number for each distance of key j and
-    row i: that at j - i + M - 1. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key that takes weight and has
-    no value.
+    before the mask. `bias` is a float that is added before the mask, finite where `empty_rows` is "uniform": with four
+    dimensions, [B or 1, Hq or 1, 1, N], a number for each key; with three, [B or 1, Hq or 1, M + N - 1], a number for
+    each distance of key j and row i, that at j - i + M - 1. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key
+    that takes weight and has no value.
     """
     dtypes = [t.dtype for t in (q, k, v, mask, sink, factor, bias) if t is not None]
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -170,9 +170,13 @@ def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return None
 
 
-def _many(q: Tensor, k: Tensor) -> bool:
+def is_large(rows: Dim, keys: Dim) -> bool:
     """Whether a mask of this size is one to avoid, by the sizes of the first call (every choice is right)."""
-    return hint(q.shape[2]) * hint(k.shape[2]) >= MASK_ELEMENTS
+    return hint(rows) * hint(keys) >= MASK_ELEMENTS
+
+
+def _many(q: Tensor, k: Tensor) -> bool:
+    return is_large(q.shape[2], k.shape[2])
 
 
 @attention.draw

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.graph.symbols import known_equal, known_true
+from fxopt.graph.symbols import known_true
 from fxopt.kernels import _attention_sdpa, _flash, _flash_backward, _flash_decode, _flash_parts, _flash_tiles, _triton
 from fxopt.kernels._attention_sdpa import causal, group_rows, spread, within_bounds
 from fxopt.kernels._flash_parts import MAX_WIDTH
@@ -220,8 +220,8 @@ def _summed(gradient: Tensor, tensor: Tensor) -> Tensor:
 def _gathered(gradient: Tensor, bias: Tensor) -> Tensor:
     """A gradient of what was added to the scores [B, Hq, M, N], as that of a bias by key or by distance."""
     rows, keys = gradient.shape[2:]
-    if known_equal(bias.shape[-1], keys):
-        return gradient.sum(2).sum_to_size(bias.shape).to(bias.dtype)
+    if bias.dim() == 4:
+        return gradient.sum_to_size(bias.shape).to(bias.dtype)
     row, key = torch.arange(rows, device=bias.device), torch.arange(keys, device=bias.device)
     distance = (key + (rows - 1 - row)[:, None]).flatten()
     sums = gradient.new_zeros(*gradient.shape[:2], bias.shape[-1]).index_add(-1, distance, gradient.flatten(2))

@@ -4,10 +4,12 @@
     lower(i) <= j <= upper(i)             first, last: one number a row (windows, chunks, offsets, lengths of caches)
     segment(i) = segment(j), sorted       first and last of the segment's keys, by bisection
     anything else                         a boolean mask, in as few dimensions as it depends on
+    a bias by distance, or by key         a table, or a vector (`_attention_bias`)
 
 A mask that adds 0 or a hard value is as good as the boolean mask of what it leaves live, unless a row may have no live
 key: then -inf and a finite number differ, and a finite one is only told apart from others' where it is the only mask
-("uniform" empty rows). Where gradients flow an added finite number passes them on, so rows must be proved live.
+("uniform" empty rows), beside biases of moderate size. Where gradients flow an added finite number passes them on, so
+rows must be proved live.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from fxopt.match.masks.bounds import limits
 from fxopt.match.masks.conditions import TRUE, Condition, all_of, condition_atoms, conjuncts
 from fxopt.match.masks.forms import Coordinate, Form, Read, elements, largest, smallest
 from fxopt.match.masks.program import rows_are_live
-from fxopt.match.masks.values import Opaque
+from fxopt.match.masks.values import Opaque, Value
+from fxopt.match.masks.values import atoms as value_atoms
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
 from fxopt.match.region import size_source
+from fxopt.passes._attention_bias import Bias, apart, is_bias, make_bias, read_bias, split
 from fxopt.passes._attention_mask import Placed
 from fxopt.passes._attention_plan import Plan
 from fxopt.passes._attention_program import ABSORBING, KEYS, ROWS, Add, Cast, Fill
@@ -55,6 +59,8 @@ class Bounds:
     rest: Condition
     empty_rows: str
     read: tuple[Node, ...]
+    before: tuple[Placed, ...] = ()  # steps that are a bias by key
+    biases: tuple[Bias, ...] = ()
 
     @property
     def leaves(self) -> list[Node]:
@@ -62,9 +68,17 @@ class Bounds:
         atoms = set(condition_atoms(self.rest))
         for form in self._forms():
             atoms |= form.atoms
+        for bias in self.biases:
+            atoms |= frozenset() if bias.own else value_atoms(bias.value)
         read = dict.fromkeys(read.node for read in elements(atoms))
         again = self.numbered
         return list(dict.fromkeys(n for node in read for n in (node.all_input_nodes if node in again else [node])))
+
+    @property
+    def moderate(self) -> frozenset[Node]:
+        """The biases of moderate size."""
+        steps = [*self.before, *(bias.step for bias in self.biases if bias.moderate)]
+        return frozenset(step.tensor for step in steps if step.tensor is not None)
 
     @property
     def numbered(self) -> list[Node]:
@@ -77,15 +91,24 @@ class Bounds:
         for segment in self.segments:
             yield from (segment.rows, segment.keys)
 
-    def make(self, match: Match, sources: Sequence[Node]) -> tuple[Node | None, Node | None, Node | None]:
-        """Insert (first, last, mask). Raises Opaque where a part can't be spelled out."""
+    def make(self, match: Match, sources: Sequence[Node]) -> tuple[Node | None, Node | None, Node | None, Node | None]:
+        """Insert (first, last, mask, bias). Raises Opaque where a part can't be spelled out."""
         maker = _Maker(self, match, [*sources, *self.leaves])
         first, last = (None if form is None else maker.row(form) for form in (self.lower, self.upper))
         for segment in self.segments:
             start, end = maker.segment(segment)
             first = start if first is None else match.call(aten.maximum.default, first, start)
             last = end if last is None else match.call(aten.minimum.default, last, end)
-        return first, last, None if self.rest is TRUE else maker.insert(self.rest)
+        bias = make_bias(
+            match,
+            self.before,
+            self.biases,
+            self.coordinates,
+            sources,
+            maker.insert,
+            lambda d: maker.size(self.sizes[d]),
+        )
+        return first, last, None if self.rest is TRUE else maker.insert(self.rest), bias
 
 
 @dataclass(frozen=True)
@@ -95,22 +118,57 @@ class _Read:
     step: Placed
     program: MaskProgram
     infinite: bool
+    bias: Bias | None = None
+
+    @property
+    def moderate(self) -> bool:
+        """Whether what it leaves live stays live, and what other masks take out stays out."""
+        return self.bias is None or self.bias.moderate
+
+    @property
+    def only_bias(self) -> bool:
+        """Whether it takes nothing out."""
+        return self.bias is not None and self.program.live is TRUE
 
 
 def read_bounds(
-    arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node, empty_rows: str, *, everywhere: bool
+    arranged: Plan,
+    scope: Scope,
+    sizes: Sequence[Dim],
+    at: Node,
+    empty_rows: str,
+    *,
+    everywhere: bool,
+    tables: bool = False,
 ) -> Bounds | None:
     """The bounds that the plan's masks amount to, or None where they say no more than the masks themselves.
 
     `at` is the node before which they will be computed. Unless `everywhere`, only causality and masks that take nothing
-    out are looked for: what needs neither first nor last.
+    out are looked for: what needs neither first nor last. With `tables` biases are read too.
     """
-    masks = [step for step in arranged.mask if isinstance(step.instruction, (Add, Fill))]
-    if not masks or not all(isinstance(step.instruction, (Add, Fill, Cast)) for step in arranged.mask):
+    if tables and (parts := apart(arranged.mask, sizes)) != arranged.mask:
+        whole = replace(arranged, mask=parts)
+        found = _read_bounds(whole, scope, sizes, at, empty_rows, everywhere=everywhere, tables=True)
+        if found is not None and not found.plan.mask:
+            return found
+    return _read_bounds(arranged, scope, sizes, at, empty_rows, everywhere=everywhere, tables=tables)
+
+
+def _read_bounds(
+    arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node, empty_rows: str, *, everywhere: bool, tables: bool
+) -> Bounds | None:
+    before, steps = split(arranged.mask)
+    masks = [step for step in steps if isinstance(step.instruction, (Add, Fill))]
+    if not masks or (before and not (tables and is_bias(before, scope, sizes, at))):
         return None
-    found = [_read(step, arranged, scope, sizes, at) for step in masks]
-    read = [r for r in found if r is not None and (r.infinite or _stands_alone(r, masks, arranged))]
-    if not read or (arranged.uniform and len(read) < len(masks)):
+    found = [_read(step, arranged, scope, sizes, at, tables=tables) for step in masks]
+    read = [r for r in found if r is not None and _counts(r, found, masks, arranged, before)]
+    by_distance = any(r.bias.by_distance for r in read if r.bias is not None)
+    if by_distance:  # what is by key stays a mask then
+        if before or any(not r.bias.by_distance and not r.only_bias for r in read if r.bias is not None):
+            return None
+        read = [r for r in read if r.bias is None or r.bias.by_distance]
+    if not read or (arranged.uniform and len(read) < len(masks)) or all(r.bias and r.bias.own for r in read):
         return None
     coordinates, keys = read[0].program.coordinates, read[0].program.keys
     live = all_of(r.program.live for r in read)
@@ -121,20 +179,23 @@ def read_bounds(
     said = [s.condition for s in segments]
     rest = [p for p in conjuncts(live) if p not in said and (key is None or not limits(p, key).exact)]
     never = rows_are_live(live, coordinates, keys, [*lower, *upper])
-    alone = len(read) == len(masks)
+    alone = len(read) == len(masks) and all(r.moderate for r in read)
     if alone and not never and arranged.sink is None and not all(r.infinite for r in read):
         if not all(_keeps_minima(r.step, arranged) for r in read) or arranged.is_causal:
             return None
         empty_rows = "uniform"
     elif alone and never and not arranged.is_causal and arranged.sink is None:
         empty_rows = "zero"  # which costs nothing to see to
+    if len(read) < len(masks) and not all(r.moderate for r in read):
+        return None  # the mask that is left may count on what the bias rules out
     taken = {id(r.step) for r in read}
     left = replace(
-        arranged, mask=tuple(s for s in arranged.mask if id(s) not in taken) if not alone else (), uniform=False
+        arranged, mask=tuple(s for s in steps if id(s) not in taken) if len(read) < len(masks) else (), uniform=False
     )
     result = Bounds(
         left, coordinates, tuple(sizes), largest(lower) if lower else None, smallest(upper) if upper else None,
-        tuple(dict.fromkeys(segments)), all_of(rest), empty_rows, tuple(r.program.node for r in read),
+        tuple(dict.fromkeys(segments)), all_of(rest), empty_rows, tuple(r.program.node for r in read), before,
+        tuple(r.bias for r in read if r.bias is not None),
     )  # fmt: skip
     if result.rest is TRUE and not segments:
         if live is TRUE:
@@ -144,11 +205,11 @@ def read_bounds(
         if causal and arranged.sink is None:
             return replace(result, upper=None, plan=replace(left, is_causal=True))
     bounded = result.lower is not None or result.upper is not None or bool(segments)
-    return result if bounded and everywhere else None
+    return result if (bounded or result.biases or before) and (everywhere or tables) else None
 
 
-def _read(step: Placed, arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node) -> _Read | None:
-    """A mask that only takes positions out, read; None if it does more, or if nothing is known of it."""
+def _read(step: Placed, arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node, *, tables: bool) -> _Read | None:
+    """A mask that takes positions out and with `tables` adds a bias, read; None if it does more, or is not known."""
     instruction = step.instruction
     tensor = step.tensor
     assert tensor is not None
@@ -158,9 +219,16 @@ def _read(step: Placed, arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: 
         return None
     if isinstance(instruction, Fill):
         return _Read(step, program, instruction.value == -math.inf and not arranged.uniform)
-    if not isinstance(instruction, Add) or not known_equal(instruction.alpha, 1):
+    if not isinstance(instruction, Add):
         return None
-    if program.bias is not None or not val(tensor).is_floating_point():
+    if not val(tensor).is_floating_point():
+        return None
+    bias = None
+    if program.bias is not None:
+        bias = read_bias(step, program, sizes) if tables else None
+        if bias is None:
+            return None
+    if not known_equal(instruction.alpha, 1) and not (bias is not None and bias.own):
         return None
     if any(value > ABSORBING for value in program.hard):
         return None
@@ -169,11 +237,23 @@ def _read(step: Placed, arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: 
         return None
     if not infinite and program.empty_rows != "never" and torch.is_grad_enabled():
         return None
-    return _Read(step, program, infinite)
+    return _Read(step, program, infinite, bias)
 
 
-def _stands_alone(read: _Read, masks: Sequence[Placed], arranged: Plan) -> bool:
-    """Whether what a mask of finite numbers takes out stays out, whatever else there is."""
+def _counts(
+    read: _Read, found: Sequence[_Read | None], masks: Sequence[Placed], arranged: Plan, before: Sequence[Placed]
+) -> bool:
+    """Whether what a mask takes out stays out, whatever else there is. Of finite numbers that must be proved."""
+    if read.infinite:
+        return True
+    others = [r for r in found if r is not read]
+    if all(r is not None and r.only_bias and r.moderate for r in others):
+        return read.moderate
+    return not before and read.bias is None and _stands_alone(masks, arranged)
+
+
+def _stands_alone(masks: Sequence[Placed], arranged: Plan) -> bool:
+    """Whether a mask of finite numbers is the only one, stands beside a sink, or does just what the others do."""
     if len(masks) == 1 or arranged.sink is not None:
         return True
     fills = [m.instruction for m in masks if isinstance(m.instruction, Fill)]
@@ -205,8 +285,8 @@ class _Maker:
             for node in bounds.numbered
         }
 
-    def insert(self, value: Form | Condition) -> Node:
-        atoms = value.atoms if isinstance(value, Form) else condition_atoms(value)
+    def insert(self, value: Form | Value, dtype: torch.dtype = torch.bool) -> Node:
+        atoms = value.atoms if isinstance(value, Form) else value_atoms(value)
         lengths = [
             self.size(n) if form.atom in atoms or _reads(form, atoms) else 1
             for form, n in zip(self.bounds.coordinates, self.bounds.sizes, strict=True)
@@ -214,6 +294,7 @@ class _Maker:
         return insert(
             value, self.bounds.coordinates, lengths, self.match.call, self.device,
             size=self.of_expression, element=lambda read: self.again.get(read.node, read.node),
+            dtype=dtype,
         )  # fmt: skip
 
     def row(self, form: Form) -> Node:

@@ -95,6 +95,14 @@ def _reading(step: Any, tensor: Node) -> Any:
     return replace(step, condition=tensor) if isinstance(step, Fill) else replace(step, term=tensor)
 
 
+def placed_shape(step: Placed) -> tuple[Dim, ...]:
+    """The shape of a step's tensor in the four coordinates."""
+    shape: list[Dim] = list(val(step.tensor).shape)
+    for kind, numbers in step.moves:
+        shape = [shape[d] for d in numbers] if kind == "permute" else list(numbers)
+    return (*[1] * (4 - len(shape)), *shape)
+
+
 def take_triangle(steps: list[Placed], sizes: Sequence[Dim]) -> tuple[bool, list[Placed]]:
     """Whether one of the masks is the causal one, and the others."""
     alone = sum(s.tensor is not None for s in steps) == 1

@@ -22,7 +22,7 @@ from torch.fx import Node
 from fxopt.graph.query import val
 from fxopt.graph.symbols import Dim, known_equal
 from fxopt.match.miss import Miss
-from fxopt.passes._attention_mask import Placed, differentiable, place_step, take_triangle
+from fxopt.passes._attention_mask import Placed, differentiable, place_step, placed_shape, take_triangle
 from fxopt.passes._attention_program import (
     ABSORBING,
     KEYS,
@@ -123,7 +123,7 @@ def plan(
                     return Miss(f"capped scores are multiplied by the tensor {step.term.name}", step.term)
                 products.append(placed)
                 steps += [placed] if steps else []
-                if shift is not None and not known_equal(_shape(placed)[KEYS], 1):
+                if shift is not None and not known_equal(placed_shape(placed)[KEYS], 1):
                     return Miss("something is added to whole rows before they are multiplied key by key", shift.node)
             else:
                 steps.append(placed)
@@ -181,7 +181,7 @@ def _distribute(kept: Plan, products: Sequence[Placed], grouped: bool) -> Plan:
     """Products that are the same for a whole row on q, for a whole column on k, others as the factor."""
     on_q, on_k, factor = [], [], []
     for placed in products:
-        _, heads, rows, keys = _shape(placed)
+        _, heads, rows, keys = placed_shape(placed)
         if known_equal(keys, 1):
             on_q.append(placed)
         elif known_equal(rows, 1) and (known_equal(heads, 1) or not grouped):
@@ -189,12 +189,3 @@ def _distribute(kept: Plan, products: Sequence[Placed], grouped: bool) -> Plan:
         else:
             factor.append(placed)
     return replace(kept, on_q=tuple(on_q), on_k=tuple(on_k), factor=tuple(factor))
-
-
-def _shape(placed: Placed) -> tuple[Dim, Dim, Dim, Dim]:
-    """The shape of a placed tensor in the four coordinates."""
-    shape: list[Dim] = list(val(placed.tensor).shape)
-    for kind, numbers in placed.moves:
-        shape = [shape[d] for d in numbers] if kind == "permute" else list(numbers)
-    batch, heads, rows, keys = [1] * (4 - len(shape)) + shape
-    return batch, heads, rows, keys

@@ -23,7 +23,7 @@ from torch.fx import Node
 from fxopt.graph.query import aten, val
 from fxopt.graph.scope import Scope
 from fxopt.graph.symbols import is_static, known_equal, same_shape
-from fxopt.kernels.attention import MAX_WIDTH, attention
+from fxopt.kernels.attention import MAX_WIDTH, attention, is_large
 from fxopt.match.masks.conditions import TRUE
 from fxopt.match.masks.values import Opaque
 from fxopt.match.match import Match
@@ -34,7 +34,7 @@ from fxopt.passes._attention_examples import examples
 from fxopt.passes._attention_mask import Placed, join_masks, make_mask, multiply
 from fxopt.passes._attention_operands import emit, spellable
 from fxopt.passes._attention_plan import Plan, plan
-from fxopt.passes._attention_program import HEADS, Multiply, Sink
+from fxopt.passes._attention_program import HEADS, ROWS, Multiply, Sink
 from fxopt.passes._attention_roles import SDPA, SOFTMAXES, Roles, read_sdpa, read_softmax
 from fxopt.passes._attention_weights import Change, MixWeights, tensors_of
 from fxopt.rewrite.fusion import Example, Fusion
@@ -56,7 +56,8 @@ class FuseAttention(Fusion):
     Found spelled out or as F.scaled_dot_product_attention, with any layout of q, k and v, any place of the scale, masks
     added or filled in, soft caps, sinks, heads of k and v repeated (grouped-query attention) or mixed (talking heads),
     and weights that are scaled, mixed with others or blanked afterwards. Masks that the graph makes become causality,
-    or bounds on each row's keys (`bounds`). Refused, with the reason, where the softmax is not over the keys, dropout
+    or bounds on each row's keys (`bounds`); biases that depend on the distance of key and row only become tables
+    (`tables`). Refused, with the reason, where the softmax is not over the keys, dropout
     is active, the scores are clamped, or the weights are used elsewhere.
     """
 
@@ -65,6 +66,9 @@ class FuseAttention(Fusion):
     #: masks become bounds on each row's keys where they can; None: on GPUs, whose kernels visit only what lies within,
     #: and where gradients flow: SDPA has them for masks that leave every row a key, not for numbers that are added
     bounds: bool | None = None
+    #: biases by distance become tables of M + N - 1 numbers, and are told apart from what masks rule out; None: on
+    #: GPUs, whose kernels read such a table, for many scores and where no gradients flow
+    tables: bool | None = None
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
         """The attention around a softmax, or the one that a call names."""
@@ -92,11 +96,15 @@ class FuseAttention(Fusion):
         named = {"q": roles.q, "k": roles.k, "v": roles.v}
         bindings: dict[str, Any] = {name: operand.base for name, operand in named.items() if operand is not None}
         bindings["scale"] = arranged.scale
-        everywhere = self.bounds
-        if everywhere is None:
-            everywhere = val(roles.v.base).device.type == "cuda" or torch.is_grad_enabled()
+        on_gpu = val(roles.v.base).device.type == "cuda"
+        everywhere = self.bounds if self.bounds is not None else on_gpu or torch.is_grad_enabled()
+        tables = self.tables
+        if tables is None:  # of few scores SDPA takes a mask as it is, which layers share
+            tables = on_gpu and not torch.is_grad_enabled() and is_large(*roles.sizes[ROWS:])
         empty_rows = "uniform" if arranged.uniform else roles.empty_rows
-        bounds = read_bounds(arranged, scope, roles.sizes, roles.output, empty_rows, everywhere=everywhere)
+        bounds = read_bounds(
+            arranged, scope, roles.sizes, roles.output, empty_rows, everywhere=everywhere, tables=tables
+        )
         unread = arranged
         if bounds is not None:
             arranged, empty_rows = bounds.plan, bounds.empty_rows
@@ -117,29 +125,31 @@ class FuseAttention(Fusion):
             "mask": len(masks) + (bounds is not None and bounds.rest is not TRUE),
             "causal": arranged.is_causal,
             "bounded": bounds is not None and bounds.plan.is_causal is unread.is_causal,
+            "bias": _kind(bounds),
             "empty_rows": empty_rows,
             "grouped": grouped,
             "softcap": arranged.cap is not None,
             "sink": arranged.sink is not None,
         }
         return AttentionMatch(
-            (roles.output,), roles.covered | arranged.covered, bindings, tags, roles=roles, plan=unread, bounds=bounds
-        )
+            (roles.output,), roles.covered | arranged.covered, bindings, tags, roles=roles, plan=unread, bounds=bounds,
+            moderate=bounds.moderate if bounds is not None else frozenset(),
+        )  # fmt: skip
 
     def rewrite(self, match: Match) -> Node:
         """Bring the operands to [B, H, M, D], make one mask, call the op, give the result its old shape."""
         assert isinstance(match, AttentionMatch)
         roles, arranged = match.roles, match.plan
         sources = _sources(roles, arranged)
-        bounds, first, last, rest = match.bounds, None, None, None
+        bounds, first, last, rest, bias = match.bounds, None, None, None, None
         if bounds is not None:
             sources = _sources(roles, bounds.plan)
             try:
-                first, last, rest = bounds.make(match, sources)
+                first, last, rest, bias = bounds.make(match, sources)
                 arranged = bounds.plan
             except Opaque:  # a size or an index that can't be spelled out here: the masks as they are
                 sources = _sources(roles, arranged)
-                match.tags |= {"bounded": False, "causal": arranged.is_causal}
+                match.tags |= {"bounded": False, "causal": arranged.is_causal, "bias": None}
                 match.tags["empty_rows"] = "uniform" if arranged.uniform else roles.empty_rows
         q, k, v = _operands(match, roles, arranged, sources)
         values, changes = v, list(_changes(roles))
@@ -151,7 +161,7 @@ class FuseAttention(Fusion):
         mask = join_masks(match, make_mask(match, arranged.mask, sources), rest)
         sink = _sink(match, arranged.sink, sources) if arranged.sink is not None else None
         factor = _factor(match, arranged.factor, sources)
-        settings = [arranged.is_causal, match.tags["empty_rows"], arranged.cap, sink, factor, first, last]
+        settings = [arranged.is_causal, match.tags["empty_rows"], arranged.cap, sink, factor, first, last, bias]
         while len(settings) > 2 and settings[-1] is None:
             settings.pop()
         result = match.call(attention, q, k, v, mask, arranged.scale, *settings)
@@ -182,6 +192,13 @@ class FuseAttention(Fusion):
     def examples(self) -> Iterable[Example]:
         """One program for each family of forms, and what must be refused."""
         return examples()
+
+
+def _kind(bounds: Bounds | None) -> str | None:
+    """What is made of the biases."""
+    if bounds is None or not (bounds.before or bounds.biases):
+        return None
+    return "by distance" if any(bias.by_distance for bias in bounds.biases) else "by key"
 
 
 def _operands(match: Match, roles: Roles, arranged: Plan, sources: Sequence[Node]) -> tuple[Node, Node, Node]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.graph.casts import casts_first
 from fxopt.graph.query import (
+    SHARED,
     arguments,
     faking,
     is_inactive_dropout,
@@ -225,9 +226,9 @@ def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:
 def merge_masks(graph: Graph) -> int:
     """Booleans and int64 that are computed twice in the same way are computed once: masks and positions.
 
-    Floats stay apart, for layers are compiled and rewritten each for itself, and so do narrower integers: quantised
-    weights, whose every use is a site of its own. Nothing that is written to or returned is merged, and nothing that
-    reads what is written to: it may read it before and after.
+    Floats stay apart, for layers are compiled and rewritten each for itself, unless a rewrite made them to be shared
+    (`query.SHARED`); so do narrower integers: quantised weights, whose every use is a site of its own. Nothing that is
+    written to or returned is merged, and nothing that reads what is written to: it may read it before and after.
     """
     written = _written_storages(graph)
     kept = written.union(*map(storages, graph.output_node().all_input_nodes))
@@ -236,7 +237,7 @@ def merge_masks(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
             continue
-        if not _makes_masks(node) or is_mutable(node) or is_random(node):
+        if not (_makes_masks(node) or node.meta.get(SHARED)) or is_mutable(node) or is_random(node):
             continue
         key = _hashable((node.target, node.args, node.kwargs))
         if key is None or storages(node) & kept or any(storages(n) & written for n in node.all_input_nodes):

@@ -18,6 +18,8 @@ aten = torch.ops.aten
 
 #: meta key of a node kept only so that a raised form can be undone; it does not count as a user
 SHADOW = "fxopt_shadow"
+#: meta key of a node that a rewrite has made, of which those equal to it may be made one although they hold floats
+SHARED = "fxopt_shared"
 
 #: ops that keep every element and its order, and change only the shape
 RESHAPES = frozenset(

@@ -26,6 +26,7 @@ class Match:
         tags: name -> which alternative of the pattern matched, or any other fact the finder noted
         made: the nodes that `call` made, in order
         insert_before: where the replacement stands; settled by the legality check
+        moderate: values proved to be neither infinite nor so large that they mask: verification draws them so
     """
 
     outputs: tuple[Node, ...]
@@ -34,6 +35,7 @@ class Match:
     tags: dict[str, Any] = field(default_factory=dict)
     made: list[Node] = field(default_factory=list)
     insert_before: Node | None = None
+    moderate: frozenset[Node] = frozenset()
 
     def __getitem__(self, name: str) -> Any:
         return self.bindings[name]

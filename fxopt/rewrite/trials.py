@@ -8,7 +8,7 @@ are drawn in the range of what reads them: an index stays inside, a packed byte 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ def trials(fusion: Fusion, match: Match, pair: Pair, sizes: Sizes, seed: int) ->
     if maker.floats:
         yield maker.trial("rows of 1000", dict.fromkeys(maker.floats, "rows"), native=False)
         yield maker.trial("zeros", dict.fromkeys(maker.floats, "zeros"), native=False)
-    masks = [n for n in maker.floats if _is_additive_mask(n, pair)]
+    masks = [n for n in maker.floats if _is_additive_mask(n, pair, match.moderate)]
     if masks or maker.bools:
         yield maker.trial("masked rows", dict.fromkeys(masks, "mask") | dict.fromkeys(maker.bools, "dead"), smooth=True)
     for i, hostile in enumerate(_adversaries(fusion, match, pair)):
@@ -204,11 +204,16 @@ def _is_bits(node: Node, within: set[Node]) -> bool:
     return any(is_call(user, *_BITS) for user, _ in _carriers(node, within))
 
 
-def _is_additive_mask(node: Node, pair: Pair) -> bool:
-    """Whether a float input is added to something that goes into a softmax, or is an attention mask."""
+def _is_additive_mask(node: Node, pair: Pair, moderate: Collection[Node]) -> bool:
+    """Whether a float input is added to something that goes into a softmax, or is an attention mask.
+
+    What is known to be `moderate` is none.
+    """
     within = set(pair.nodes)
     softmaxes = {n for n in pair.old if is_call(n, *_SOFTMAXES)}
     for user, at in _carriers(node, within):
+        if at in moderate:
+            continue
         if is_call(user, _SDPA) and (at in user.args[3:4] or user.kwargs.get("attn_mask") is at):
             return True
         if is_call(user, aten.add, aten.sub) and user in pair.old and softmaxes and _leads_to(user, softmaxes, within):

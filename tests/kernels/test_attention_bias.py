@@ -22,8 +22,8 @@ def qkv(rows, keys, dtype=F32, device="cpu", width=16):
 
 def dense(bias, rows, keys):
     """A bias by key or by distance for every score, copied row by row."""
-    if bias.shape[-1] == keys:
-        return bias[:, :, None].expand(-1, -1, rows, -1)
+    if bias.dim() == 4:
+        return bias
     return torch.stack([bias[..., rows - 1 - i : rows - 1 - i + keys] for i in range(rows)], 2)
 
 
@@ -33,8 +33,8 @@ def biases(rows, keys, dtype, device):
     wide = randn(1, every, 2 * HQ).permute(0, 2, 1)[:, ::2]
     return {
         "a head": randn(1, HQ, every), "a batch": randn(B, 1, every), "all": randn(B, HQ, every),
-        "strides": wide, "float32": randn(1, HQ, every).float(), "by key": randn(B, HQ, keys),
-        "by key, shared": randn(1, 1, keys),
+        "strides": wide, "float32": randn(1, HQ, every).float(), "by key": randn(B, HQ, 1, keys),
+        "by key, shared": randn(1, 1, 1, keys),
     }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_a_bias_beside_everything_else(assert_as_good_as, triton_device, impleme
     given = more(rows, 70, triton_device)[kind]
     if implementation == "sdpa" and "factor" in given:
         pytest.skip("SDPA has neither a soft cap nor a factor")
-    bias = torch.randn(1, HQ, 70 if by_key else rows + 69, device=triton_device)
+    bias = torch.randn((1, HQ, 1, 70) if by_key else (1, HQ, rows + 69), device=triton_device)
     check(assert_as_good_as, implementation, qkv(rows, 70, F32, triton_device), bias=bias, **given)
 
 
@@ -149,7 +149,7 @@ def test_a_transparent_implementation_is_traced_with_any_sizes(dynamic, more_key
 @pytest.mark.parametrize("by_key", [False, True])
 def test_opcheck(by_key):
     q, k, v = qkv(5, 9, width=4)
-    bias = torch.randn(1, HQ, 9 if by_key else 13)
+    bias = torch.randn((1, HQ, 1, 9) if by_key else (1, HQ, 13))
     args = attention.bind(q, k, v, None, 0.3, bias=bias)
     torch.library.opcheck(attention.overload, tuple(args))
     leaves = [t.double().requires_grad_() for t in (q, k, v, bias)]
@@ -185,7 +185,7 @@ def test_where_the_kernels_are_chosen(target, rows, chosen):
 def test_at_the_size_of_a_model(assert_as_good_as, kind, dtype):
     for rows, keys in ((3, 2000), (1000, 1100), (1500, 1500)):
         tensors = qkv(rows, keys, dtype, "cuda", 64)
-        for bias in (torch.randn(1, HQ, rows + keys - 1, device="cuda"), torch.randn(B, HQ, keys, device="cuda")):
+        for bias in (torch.randn(1, HQ, rows + keys - 1, device="cuda"), torch.randn(B, HQ, 1, keys, device="cuda")):
             check(assert_as_good_as, "triton", tensors, bias=bias, **more(rows, keys, "cuda")[kind])
 
 

@@ -41,7 +41,7 @@ def settings(rows, keys, dtype=F32, device="cpu"):
         "bias and soft cap": {"mask": randn(rows, keys), "softcap": 3.0},
         "bias by distance": {"bias": randn(1, HQ, rows + keys - 1)},
         "bias by distance, causal, padded": {"bias": randn(B, 1, rows + keys - 1), "mask": padding, "is_causal": True},
-        "a key's own bias and a mask": {"bias": randn(B, HQ, keys), "mask": randn(1, HQ, rows, keys)},
+        "a key's own bias and a mask": {"bias": randn(B, HQ, 1, keys), "mask": randn(1, HQ, rows, keys)},
         "padding": {"mask": padding},
         "padding added": {"mask": torch.zeros(padding.shape, device=device, dtype=dtype).masked_fill(~padding, low)},
         "window": {"first": i + keys - rows - 20, "last": i + keys - rows},
@@ -56,8 +56,8 @@ def settings(rows, keys, dtype=F32, device="cpu"):
 
 def dense(bias, rows, keys):
     """A bias by key or by distance for every score, copied row by row."""
-    if bias.shape[-1] == keys:
-        return bias[:, :, None].expand(-1, -1, rows, -1)
+    if bias.dim() == 4:
+        return bias
     return torch.stack([bias[..., rows - 1 - i : rows - 1 - i + keys] for i in range(rows)], 2)
 
 

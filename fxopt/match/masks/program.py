@@ -9,9 +9,10 @@
 Bounds skip tiles, and they are sound even where the rest is not understood; nothing is assumed. Rows are proved to have
 a live key by a witness: some j, as j = i, for which the condition holds for every row.
 
-Floating masks have hard values where they are <= finfo.min of their dtype; those positions are not live. What live
-positions hold is the bias. In a row with no live key finfo.min makes weights uniform over all keys, -inf makes them
-NaN, and two finfo.min that were added are -inf: `empty_rows` says which.
+Floating masks have hard values where they are <= finfo.min of their dtype, or the sum of such a number and one of
+moderate size, which it absorbs; those positions are not live. What live positions hold is the bias. In a row with no
+live key finfo.min makes weights uniform over all keys, -inf makes them NaN, and two finfo.min that were added are -inf:
+`empty_rows` says which.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from fxopt.match.masks.conditions import (
     replace,
 )
 from fxopt.match.masks.forms import (
+    Apply,
     Atom,
     Coordinate,
     Form,
@@ -54,7 +56,8 @@ from fxopt.match.masks.forms import (
     smallest,
     substitute,
 )
-from fxopt.match.masks.values import Cases, Value, atoms, by_cases, replaced
+from fxopt.match.masks.magnitude import MODERATE, is_moderate
+from fxopt.match.masks.values import Cases, Operand, Scalar, Value, atoms, by_cases, exactly, replaced
 
 #: what a row without a live key gives: it can't happen, a mean over all keys, NaN, not the same for all such rows,
 #: or whatever the op does that takes the boolean mask
@@ -202,15 +205,44 @@ def read_value(
     if isinstance(value, Cases):
         dtype = node.meta["val"].dtype
         limit = hard if hard is not None else torch.finfo(dtype).min if dtype.is_floating_point else -math.inf
-        masked = {s: c for s, c in value.pieces if isinstance(s, float) and s <= limit}
-        rest = [(s, c) for s, c in value.pieces if s not in masked]
+        rest: list[tuple[Scalar, Condition]] = []
+        for scalar, condition in value.pieces:
+            number = _hard(scalar, limit)
+            if number is None:
+                rest.append((scalar, condition))
+            else:
+                masked[number] = any_of([masked[number], condition]) if number in masked else condition
         live = rest[0][1] if len(rest) == 1 else negate(any_of(masked.values()))
-        bias = by_cases(rest) if rest else None
+        bias = _beside(rest, live) if rest else None
         if bias is not None and all(s == 0.0 or (isinstance(s, Form) and s is integer(0)) for s, _ in bias.pieces):
             bias = None
     else:
         live = value if keep else negate(value)
     return _program(node, live, coordinates, keys, tuple(masked), bias)
+
+
+def _hard(scalar: Scalar, limit: float) -> float | None:
+    """The hard value that a case's value is, or that absorbs what else it is the sum of; None if there is none."""
+    if isinstance(scalar, float):
+        return scalar if scalar <= limit else None
+    if not isinstance(scalar, Apply) or getattr(scalar.target, "overloadpacket", None) is not torch.ops.aten.add:
+        return None
+    terms = [o.value for o in scalar.operands if isinstance(o, Operand)]
+    if scalar.keywords or len(terms) != 2 or len(scalar.operands) != 2:
+        return None
+    for one, other in (terms, terms[::-1]):
+        number = one.pieces[0][0] if isinstance(one, Cases) and len(one.pieces) == 1 else None
+        if isinstance(number, float) and number <= min(limit, -MODERATE) and is_moderate(other):
+            return number
+    return None
+
+
+def _beside(pieces: list[tuple[Scalar, Condition]], live: Condition) -> Cases:
+    """What live positions hold: cases that needn't ask again whether a position is live."""
+    if len(pieces) == 1:
+        return exactly(pieces[0][0])
+    known = conjuncts(live)
+    return by_cases((scalar, all_of(p for p in conjuncts(condition) if p not in known)) for scalar, condition in pieces)
 
 
 def _program(

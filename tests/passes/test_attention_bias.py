@@ -1,0 +1,427 @@
+"""Biases by distance become tables, those by key vectors; finite masks are told apart from what is certainly a bias."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import attending
+import fxopt
+from attending import attend, compare, qkv, randn
+from fxopt.graph.canonical import merge_masks
+from fxopt.passes.attention import FuseAttention
+from fxopt.passes.raise_einsum import RaiseEinsum
+from fxopt.passes.raise_softmax import RaiseSoftmax
+
+INF = math.inf
+MIN = torch.finfo(torch.float32).min
+ROWS, KEYS, HEADS = 11, 14, 4
+EVERY = ROWS + KEYS - 1
+FUSIONS = (RaiseSoftmax(), RaiseEinsum(), FuseAttention(bounds=True, tables=True))
+
+
+@pytest.fixture
+def fuser(fuser, monkeypatch):
+    """The fuser, with tables wherever they can be had, as on a GPU."""
+    monkeypatch.setattr(attending, "FUSIONS", FUSIONS)
+    return fuser
+
+
+class Bias(nn.Module):
+    """Attention with a bias made of learned numbers; `of(weight, i, j)` is [HEADS, rows, keys] or broadcasts to it."""
+
+    def __init__(self, of, *shape, mask=None, fill=MIN, together=False):
+        super().__init__()
+        self.weight = nn.Parameter(randn(*shape, seed=5))
+        self.of, self.mask, self.fill, self.together = of, mask, fill, together
+
+    def forward(self, q, k, v, m=None):
+        i, j = torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)[None]
+        scores, bias = q @ k.mT * 0.3, self.of(self.weight.to(q.dtype), i, j)
+        if self.mask is not None:
+            live = self.mask(i, j, m)
+            mask = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~live, self.fill)
+            return attend(scores + (bias + mask) if self.together else scores + bias + mask, v)
+        return attend(scores + bias, v)
+
+
+def bucket(d, buckets=8, far=16, both=True):
+    """T5's: exact near 0, logarithmic farther out."""
+    found = 0
+    if both:
+        buckets //= 2
+        found = found + (d > 0).long() * buckets
+        d = d.abs()
+    else:
+        d = -torch.min(d, torch.zeros_like(d))
+    exact = buckets // 2
+    large = exact + (torch.log(d.float() / exact) / math.log(far / exact) * (buckets - exact)).long()
+    return found + torch.where(d < exact, d, torch.min(large, torch.full_like(large, buckets - 1)))
+
+
+def relative(w, i, j):
+    return nn.functional.embedding(bucket(j - i), w).permute(2, 0, 1)[None]
+
+
+def alibi(w, i, j):
+    return w[:, None, None] * (j - i)
+
+
+def clipped(w, i, j):
+    return w[:, (j - i).clamp(-3, 4) + 3]
+
+
+def by_distance(w, i, j):
+    return w[:, j - i + (ROWS - 1)]
+
+
+def absolute_distance(w, i, j):
+    return -w.abs()[:, None, None] * (j - i).abs()
+
+
+def by_key(w, i, j):
+    return w[:, None, None] * j
+
+
+BIASES = {
+    relative: (8, HEADS), alibi: (HEADS,), clipped: (HEADS, 8), by_distance: (HEADS, EVERY),
+    absolute_distance: (HEADS,), by_key: (HEADS,),
+}  # fmt: skip
+
+
+def padded(i, j, m):
+    return (m != 0)[:, None, None, :] & (j >= 0)
+
+
+def causal(i, j, m):
+    return j <= i
+
+
+def causal_padded(i, j, m):
+    return (j <= i) & (m != 0)[:, None, None, :]
+
+
+def window(i, j, m):
+    return (j <= i) & (j > i - 4)
+
+
+def inputs(rows=ROWS, keys=KEYS, left=5, dtype=torch.float32):
+    m = torch.ones(2, keys, dtype=torch.int64)
+    m[1, :left] = 0
+    return (*qkv(dtype, rows=rows, keys=keys), m)
+
+
+def shapes(call):
+    """(bias, mask, is_causal, first, last, empty_rows) of a call: shapes, or whether they are there."""
+    call = (*call, *[None] * (13 - len(call)))
+    bias, mask = (None if t is None else tuple(t.meta["val"].shape) for t in (call[12], call[3]))
+    return bias, mask, call[5], call[10] is not None, call[11] is not None, call[6]
+
+
+def check(fuser, program, arguments):
+    compare(fuser.run(program, *arguments), program, arguments)
+    assert fuser.sites == 1, fuser.reasons
+    (call,) = fuser.calls
+    return shapes(call)
+
+
+@pytest.mark.parametrize("of, dtype", [
+    *((b, torch.float32) for b in BIASES if b is not by_key),
+    *((relative, dtype) for dtype in (torch.bfloat16, torch.float16)), (alibi, torch.bfloat16),
+])  # fmt: skip
+def test_a_bias_by_distance_is_a_table(fuser, of, dtype):
+    program = Bias(of, *BIASES[of])
+    *found, empty_rows = check(fuser, program, inputs(dtype=dtype))
+    assert found == [(1, HEADS, EVERY), None, False, False, False]
+    assert empty_rows == ("zero" if dtype != torch.float16 else "nan")  # what float16 can't hold is infinite there
+    # Nothing that is left has as many elements as there are scores.
+    values = [n.meta["val"] for n in fuser.graphs[0].graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert not [v for v in values if v.numel() >= ROWS * KEYS and tuple(v.shape[-2:]) == (ROWS, KEYS)]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("of", [
+    relative, by_key, *(pytest.param(b, marks=pytest.mark.slow) for b in (alibi, clipped, absolute_distance)),
+], ids=lambda f: f.__name__)  # fmt: skip
+@pytest.mark.parametrize("mask, fill, expected", [
+    (causal, MIN, (None, True, False, False, "zero")),
+    (causal, -INF, (None, True, False, False, None)),
+    (window, MIN, (None, False, True, True, "zero")),
+    (padded, MIN, ((2, 1, 1, KEYS), False, False, False, "uniform")),
+    (padded, -INF, ((2, 1, 1, KEYS), False, False, False, "nan")),
+    (causal_padded, MIN, ((2, 1, 1, KEYS), False, False, True, "uniform")),
+])  # fmt: skip
+def test_masks_are_told_apart(fuser, of, together, mask, fill, expected):
+    program = Bias(of, *BIASES[of], mask=mask, fill=fill, together=together)
+    bias, *rest = check(fuser, program, inputs())
+    if of is by_key and mask is causal and fill == -INF and not together:
+        assert (bias, rest[:2]) == (None, [(HEADS, 1, KEYS), True])  # a mask of one row as it is
+        return
+    assert bias == ((1, HEADS, 1, KEYS) if of is by_key else (1, HEADS, EVERY))
+    assert tuple(rest) == expected or (tuple(rest[:-1]), expected[-1]) == (expected[:-1], None)
+
+
+@pytest.mark.parametrize("of", [relative, alibi, by_key], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mask", [None, causal_padded], ids=["alone", "masked"])
+def test_symbolic_sizes_stay_symbolic(fuser, of, mask):
+    torch._dynamo.reset()
+    program = Bias(of, *BIASES[of], mask=mask)
+    compiled = torch.compile(program, backend=fuser, fullgraph=True)
+    for rows, keys in ((11, 14), (13, 9), (4, 30)):
+        q, k, v, m = inputs(rows, keys)
+        for tensor, dims in ((q, (2,)), (k, (2,)), (v, (2,)), (m, (1,))):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(tensor, dim)
+        with torch.no_grad():
+            compare(compiled(q, k, v, m), program, (q, k, v, m))
+    assert len(fuser.graphs) == 1
+    if of is not by_key or mask is not None:
+        assert fuser.calls[0][12] is not None
+
+
+def test_rows_begin_at_a_place_known_at_run_time(fuser):
+    """A static cache: a few rows, after as many keys as it holds."""
+
+    class Cached(Bias):
+        def forward(self, q, k, v, length):
+            i = torch.arange(q.shape[2])[:, None] + length
+            j = torch.arange(k.shape[2])[None]
+            mask = torch.zeros(()).masked_fill(j > i, MIN)
+            return attend(q @ k.mT * 0.3 + relative(self.weight, i, j) + mask, v)
+
+    program = Cached(None, 8, HEADS)
+    for length in (0, 9):
+        fuser.graphs.clear(), fuser.steps.clear()
+        found = check(fuser, program, (*qkv(rows=3, keys=20), torch.tensor(length)))
+        assert found[0] == (1, HEADS, 22)
+        assert found[1:4] == (None, False, False)
+        assert found[4]
+
+
+# What must stay as it is
+
+
+@pytest.mark.parametrize("of, shape", [
+    (lambda w, i, j: w[:, None, None] * i, (HEADS,)),
+    (lambda w, i, j: w[:, None, None] * (i + j), (HEADS,)),
+    (lambda w, i, j: w[None, :ROWS, None] * w[None, None, :KEYS], (EVERY,)),
+    (lambda w, i, j: w, (HEADS, ROWS, KEYS)),
+    (lambda w, i, j: w[:, i % 3 + j], (HEADS, EVERY)),
+    (lambda w, i, j: w[:, 2 * j - i + ROWS], (HEADS, 2 * EVERY)),
+    (lambda w, i, j: w[:, None, None] * (j - i) * (i > 4), (HEADS,)),
+    (lambda w, i, j: w[:, None, None] * ((j - i) + i // 7), (HEADS,)),
+])  # fmt: skip
+@pytest.mark.parametrize("mask", [None, causal], ids=["alone", "causal"])
+def test_other_biases_stay_masks(fuser, of, shape, mask):
+    assert check(fuser, Bias(of, *shape, mask=mask), inputs())[0] is None
+
+
+def test_a_row_and_a_batch_of_contents_stay_masks(fuser):
+    def program(q, k, v, x):
+        i, j = torch.arange(ROWS)[:, None], torch.arange(KEYS)[None]
+        return attend(q @ k.mT * 0.3 + x[:, None, :ROWS, None] * (j - i), v)
+
+    assert check(fuser, program, (*qkv(rows=ROWS, keys=KEYS), randn(2, KEYS, seed=7)))[0] is None
+
+
+@pytest.mark.parametrize("fill, apart", [(MIN, False), (-INF, True)])
+def test_what_may_be_a_mask_itself_is_not_told_apart_from_finite_ones(fuser, fill, apart):
+    """A table that is an input may rule out all keys that causality leaves: then the others count."""
+
+    def program(q, k, v, table):
+        i, j = torch.arange(ROWS)[:, None], torch.arange(KEYS)[None]
+        mask = torch.zeros(()).masked_fill(j > i, fill)
+        return attend(q @ k.mT * 0.3 + table[:, j - i + (ROWS - 1)] + mask, v)
+
+    table = randn(HEADS, EVERY, seed=7)
+    table[:, : ROWS - 2] = MIN
+    arguments = (*qkv(rows=ROWS, keys=KEYS), table)
+    bias, mask, is_causal, *_ = check(fuser, program, arguments)
+    assert is_causal is apart
+    assert (bias is not None) or (mask is not None)
+
+
+def test_an_opaque_mask_beside_a_bias_stays_one(fuser):
+    def of(w, i, j):
+        return relative(w, i, j)
+
+    class Masked(Bias):
+        def forward(self, q, k, v, given):
+            i, j = torch.arange(ROWS)[:, None], torch.arange(KEYS)[None]
+            return attend(q @ k.mT * 0.3 + self.of(self.weight, i, j) + given, v)
+
+    hard = torch.zeros(2, 1, ROWS, KEYS).masked_fill(torch.rand(2, 1, ROWS, KEYS) < 0.5, MIN)
+    hard[0, 0, 3] = MIN
+    found = check(fuser, Masked(of, 8, HEADS), (*qkv(rows=ROWS, keys=KEYS), hard))
+    assert found == ((1, HEADS, EVERY), (2, 1, ROWS, KEYS), False, False, False, "nan")
+
+
+def test_two_finite_masks_beside_a_bias_stay_masks(fuser):
+    class Masked(Bias):
+        def forward(self, q, k, v, m):
+            i, j = torch.arange(ROWS)[:, None], torch.arange(KEYS)[None]
+            one, other = (torch.zeros(()).masked_fill(~f(i, j, m), MIN) for f in (causal, padded))
+            return attend(q @ k.mT * 0.3 + alibi(self.weight, i, j) + one + other, v)
+
+    assert check(fuser, Masked(None, HEADS), inputs())[2:5] == (False, False, False)
+
+
+def test_without_tables_everything_is_as_it_was(fuser, monkeypatch):
+    monkeypatch.setattr(attending, "FUSIONS", (RaiseSoftmax(), RaiseEinsum(), FuseAttention()))
+    assert check(fuser, Bias(alibi, HEADS, mask=causal), inputs())[:3] == (None, (HEADS, ROWS, KEYS), False)
+
+
+# Beyond one site
+
+
+def test_layers_share_a_table(fuser):
+    class Layers(Bias):
+        def forward(self, q, k, v):
+            i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+            bias = relative(self.weight, i, j)
+            for _ in range(3):
+                q = attend(q @ k.mT * 0.3 + bias, v)
+            return q
+
+    program = Layers(None, 8, HEADS)
+    arguments = qkv(rows=ROWS, keys=KEYS)
+    compare(fuser.run(program, *arguments), program, arguments)
+    assert fuser.sites == 3
+    merge_masks(fuser.graphs[0].graph)
+    assert len({call[12] for call in fuser.calls}) == 1
+
+
+@pytest.mark.parametrize("of", [relative, clipped, alibi], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mask, fill", [(None, MIN), (causal, MIN), (padded, -INF)])
+def test_gradients_reach_the_numbers_that_the_bias_is_made_of(fuser, of, mask, fill):
+    torch._dynamo.reset()
+    program = Bias(of, *BIASES[of], mask=mask, fill=fill)
+    q, k, v, m = inputs(left=3)
+
+    def gradients(step, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = step(*leaves, m)
+        return [out, *torch.autograd.grad(out.square().sum(), [*leaves, program.weight])]
+
+    ours = gradients(torch.compile(program, backend=fuser, fullgraph=True), torch.float32)
+    eager, exact = gradients(program, torch.float32), gradients(program, torch.float64)
+    assert fuser.sites == 1, fuser.reasons
+    assert fuser.calls[0][12] is not None
+    for mine, theirs, right in zip(ours, eager, exact, strict=True):
+        allowed = 2 * (theirs.double() - right).abs().max() + 1e-5 * right.abs().max()
+        assert (mine.double() - right).abs().max() <= allowed
+
+
+PARTS = {
+    "alibi": lambda a: lambda i, j: (j - i) * (0.1 * a),
+    "steps": lambda a: lambda i, j: ((j - i) // (abs(a) + 1)).float(),
+    "parity": lambda a: lambda i, j: ((j - i + a) % 3).float(),
+    "near": lambda a: lambda i, j: ((j - i).abs() < abs(a)).float(),
+    "key": lambda a: lambda i, j: (j * a).float() * 0.1,
+    "row": lambda a: lambda i, j: (i * a).float() * 0.1,
+    "sum": lambda a: lambda i, j: (i + j + a).float() * 0.1,
+    "grid": lambda a: lambda i, j: ((i // 4) == (j // 4)).float() * a,
+    "almost": lambda a: lambda i, j: torch.where(i == abs(a), 1.0, (j - i).float() * 0.1),
+    "maximum": lambda a: lambda i, j: torch.maximum(j - i, i - 5).float() * 0.1,
+}
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    parts=st.lists(st.tuples(st.sampled_from(sorted(PARTS)), st.integers(-5, 5)), min_size=1, max_size=3),
+    masks=st.lists(st.sampled_from([causal, window, padded, causal_padded]), max_size=2),
+    fill=st.sampled_from([-INF, MIN]),
+    product=st.booleans(),
+)
+def test_any_bias(parts, masks, fill, product):
+    terms = [PARTS[name](a) for name, a in parts]
+
+    def program(q, k, v, m):
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+        bias = terms[0](i, j)
+        for term in terms[1:]:
+            bias = bias * term(i, j) if product else bias + term(i, j)
+        s = q @ k.mT * 0.3 + bias
+        for mask in masks:
+            s = s + torch.zeros(()).masked_fill(~mask(i, j, m), fill)
+        return attend(s, v)
+
+    before, attending.FUSIONS = attending.FUSIONS, FUSIONS
+    try:
+        fuser = attending.Fuser()
+        compare(fuser.run(program, *inputs(12, 9)), program, inputs(12, 9))
+        assert fuser.sites == 1, fuser.reasons
+        only_near = all(name in ("alibi", "steps", "parity", "near") for name, _ in parts)
+        if only_near and not masks and fuser.calls[0][3] is not None:
+            assert len(fuser.calls[0][3].meta["val"].shape) < 2 or len(parts) > 1
+    finally:
+        attending.FUSIONS = before
+
+
+# Models of transformers
+
+SMALL = {
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "mt5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "umt5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+}
+
+
+@pytest.mark.parametrize("padding", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [
+    "t5", "bloom", pytest.param("mt5", marks=pytest.mark.slow), pytest.param("umt5", marks=pytest.mark.slow),
+    "mpt", "falcon",
+])  # fmt: skip
+def test_models(fuser, kind, padding):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind, vocab_size=64, **SMALL[kind])
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config).eval()
+    ids = torch.randint(0, 64, (2, 13))
+    given = {"input_ids": ids, "use_cache": False}
+    if padding:
+        given["attention_mask"] = torch.ones_like(ids)
+        given["attention_mask"][1, :padding] = 0
+    if "t5" in kind:
+        given["decoder_input_ids"] = ids[:, :7]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(**given)[0]
+        actual = torch.compile(model, backend=fuser)(**given)[0]
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    own = [shapes(call)[0] for call in fuser.calls if "t5" not in kind or len(call) == 13]
+    assert fuser.sites == (6 if "t5" in kind else 2)
+    assert len(own) == (4 if "t5" in kind else 2)
+    for bias in own:
+        assert bias[-1] in ((25, 13) if "t5" in kind else (13,))
+    for call in fuser.calls:
+        mask = shapes(call)[1]
+        assert mask is None or mask[-2] == 1 or "t5" in kind
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("of", [relative, alibi, by_key], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mask", [None, causal, causal_padded])
+def test_on_a_gpu_the_kernels_get_the_table(of, mask):
+    if of is by_key and mask is None:
+        pytest.skip("a bias by key alone is a mask of one row as it is")
+    program = Bias(of, *BIASES[of], mask=mask, fill=torch.finfo(torch.bfloat16).min).cuda()
+    q, k, v = (t.to("cuda", torch.bfloat16) for t in qkv(rows=1000, keys=1024, width=64))
+    m = torch.ones(2, 1024, dtype=torch.int64, device="cuda")
+    torch._dynamo.reset()
+    with fxopt.record() as rec, torch.no_grad():
+        ours = torch.compile(program, backend="fxopt", fullgraph=True)(q, k, v, m)
+        eager, exact = program(q, k, v, m), program(q.double(), k.double(), v.double(), m)
+    assert [site.implementation for site in rec.sites] == ["triton"]
+    allowed = 2 * (eager.double() - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= allowed
