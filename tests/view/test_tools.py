@@ -99,3 +99,20 @@ def test_an_inlined_op_names_the_kernel_it_is_in():
         with profile() as prof:
             torch.testing.assert_close(run(x), norm(x))
     assert any("fused_relu_rms_norm" in event.name for event in prof.events())
+
+
+@pytest.mark.parametrize("tune", ["off", "auto"])
+def test_nodes_that_are_made_keep_module_line_and_origin(tune, monkeypatch):
+    graphs = []
+    monkeypatch.setattr("fxopt.backend.compile_graph", lambda module, *_: graphs.append(module.graph) or module.forward)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8, eps=1e-6))
+    with torch.no_grad():
+        torch.compile(model, backend="fxopt", options={"tune": tune})(torch.randn(4, 8))
+    (graph,) = graphs
+    made = [node for node in graph.nodes if "fxopt" in node.meta and node.op == "call_function"]
+    assert made
+    for node in made:
+        assert [path for path, _ in node.meta["nn_module_stack"].values()][-1].endswith(".1")
+        assert "rms_norm" in node.meta["stack_trace"]
+        assert {source.pass_name for source in node.meta["from_node"]} == {"fxopt.rms_norm"}
+        assert node.meta["from_node"][0].name == "rms_norm"
