@@ -4,6 +4,7 @@
 
     plain     the whole of it, causal or not: fxopt should be as fast as the best SDPA backend
     variants  soft cap, ALiBi, T5 bias, sliding window, documents, sink: against FlexAttention written by hand
+    models    the biases of T5-base's encoder and of BLOOM-560m, at their sizes
     decode    one row over long caches: bytes of keys and values a second; a static cache that is filled in part
 
 Every contestant's result is compared with float32 on one KV head's rows; one that is wrong is reported and not timed.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -202,10 +204,66 @@ def alibi(shape: Shape, device: str, dtype: torch.dtype) -> Case:
     contestants = {
         "fxopt": compiled(eager, "fxopt"),
         "Flex": flex(shape, device, score, lambda b, h, i, j: i >= j),
-        "fxopt Triton": kernel(shape, is_causal=True, mask=bias),
+        "fxopt Triton": kernel(shape, is_causal=True, bias=slopes[None, :, None] * distances(shape, device)),
+        "fxopt Triton, opaque mask": kernel(shape, is_causal=True, mask=bias),
         "Inductor": compiled(eager, "inductor"),
     }
     return Case("ALiBi, causal", shape, eager, (*operands(shape, device, dtype), slopes), contestants, 0.5)
+
+
+def distances(shape: Shape, device: str) -> Tensor:
+    """j - i for every distance of key and row, from the shortest on."""
+    return torch.arange(1 - shape.rows, shape.keys, device=device)
+
+
+def bucket(distance: Tensor, buckets: int = 32, far: int = 128) -> Tensor:
+    """T5's, for an encoder: exact near 0, logarithmic farther out."""
+    half, exact = buckets // 2, buckets // 4
+    behind, near = (distance > 0).long() * half, distance.abs()
+    large = exact + (torch.log(near.float() / exact) / math.log(far / exact) * (half - exact)).long()
+    return behind + torch.where(near < exact, near, torch.min(large, torch.full_like(large, half - 1)))
+
+
+def t5_encoder(shape: Shape, device: str, dtype: torch.dtype) -> Case:
+    weight = torch.randn(shape.heads, 32, device=device, dtype=dtype)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        i, j = places(q, k)
+        return attend(q, k, v, shape.scale, lambda s: s + weight[:, bucket(j - i)])
+
+    table = weight[:, bucket(distances(shape, device))]
+    last = shape.rows - 1
+    dense = torch.stack([table[:, last - i : last - i + shape.keys] for i in range(shape.rows)], 1)[None]
+    contestants = {
+        "fxopt": compiled(eager, "fxopt"),
+        "Flex": flex(shape, device, lambda s, b, h, i, j: s + table[h, j - i + last]),
+        "SDPA": sdpa(None, attn_mask=dense),
+        "fxopt Triton": kernel(shape, bias=table[None]),
+        "fxopt Triton, opaque mask": kernel(shape, mask=dense),
+        "Inductor": compiled(eager, "inductor"),
+    }
+    return Case("T5 encoder", shape, eager, (*operands(shape, device, dtype), weight), contestants)
+
+
+def bloom(shape: Shape, device: str, dtype: torch.dtype) -> Case:
+    slopes = torch.exp2(-8 / shape.heads * torch.arange(1, shape.heads + 1, device=device)).float()
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        i, j = places(q, k)
+        bias = (slopes[:, None, None] * j).to(q.dtype)
+        return attend(q, k, v, shape.scale, lambda s: s + bias + masked(j <= i, s.dtype))
+
+    bias = (slopes[:, None, None] * torch.arange(shape.keys, device=device)).to(dtype)[None]
+    contestants = {
+        "fxopt": compiled(eager, "fxopt"),
+        "Flex": flex(shape, device, lambda s, b, h, i, j: s + bias[0, h, 0, j], lambda b, h, i, j: i >= j),
+        "SDPA": sdpa(
+            None, attn_mask=bias + masked(torch.ones(shape.rows, shape.keys, device=device).tril() > 0, dtype)
+        ),
+        "fxopt Triton": kernel(shape, is_causal=True, bias=bias),
+        "Inductor": compiled(eager, "inductor"),
+    }
+    return Case("BLOOM, causal", shape, eager, (*operands(shape, device, dtype), slopes), contestants, 0.5)
 
 
 def t5_bias(shape: Shape, device: str, dtype: torch.dtype) -> Case:
@@ -320,16 +378,20 @@ def cases(wanted: list[str], device: str, dtype: torch.dtype, tiny: bool) -> Ite
         Shape(2, 32, 8, 8192, 8192, 128),
     )
     equal, longest = Shape(4, 32, 32, 4096, 4096, 128), Shape(1, 32, 8, 16384, 16384, 128)
+    t5_base, bloom_560m = Shape(16, 12, 12, 512, 512, 64), Shape(8, 16, 16, 1024, 1024, 64)
     rows = [Shape(16, 32, 8, 1, 4096, 128), Shape(64, 32, 8, 1, 2048, 128), Shape(1, 32, 8, 1, 8192, 128)]
     caches = [(Shape(1, 32, 8, 1, 1024, 128), 513), (Shape(1, 32, 8, 1, 16384, 128), 513)]
     if tiny:
         large, small, long = Shape(1, 4, 2, 64, 64, 16), Shape(2, 2, 2, 40, 40, 16), Shape(1, 4, 2, 128, 128, 16)
         equal, longest, rows = small, large, [Shape(2, 4, 2, 1, 200, 16)]
+        t5_base = bloom_560m = Shape(2, 4, 4, 40, 40, 16)
         caches = [(Shape(1, 4, 2, 1, 256, 16), 40)]
     variants = {"softcap": softcap, "alibi": alibi, "t5": t5_bias, "documents": documents, "sink": sinks}
     makers: list[tuple[str, Callable[[], Case]]] = []
     makers += [("decode", lambda s=s: decode(s, device, dtype)) for s in rows]
     makers += [("decode cache", lambda s=s, n=n: static_cache(s, n, device, dtype)) for s, n in caches]
+    makers += [("models t5", lambda: t5_encoder(t5_base, device, dtype))]
+    makers += [("models bloom", lambda: bloom(bloom_560m, device, dtype))]
     makers += [("variants window", lambda: window(long, device, dtype))]
     for shape in (large, small):
         makers += [
@@ -348,8 +410,8 @@ def error(case: Case, out: Tensor) -> float:
     group = shape.heads // shape.kv_heads
     q, k, v, *rest = case.inputs
     parts = [q[:1, :group].float(), k[:1, :1].float(), v[:1, :1].float()]
-    for extra in rest:  # a number a head, or a bias
-        per_head = extra.dim() == 1 and extra.shape[0] == shape.heads and extra.is_floating_point()
+    for extra in rest:  # numbers a head, or a bias
+        per_head = extra.dim() < 3 and extra.shape[0] == shape.heads and extra.is_floating_point()
         parts.append(extra[:group].float() if per_head else extra[:, :group].float() if extra.dim() == 4 else extra)
     right = case.eager(*parts)
     return ((out[:1, :group].float() - right).norm() / right.norm()).item()
@@ -446,7 +508,9 @@ def _cell(row: dict[str, Any] | None) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--cases", nargs="*", default=[], help="plain, variants, decode, or parts of their names")
+    parser.add_argument(
+        "--cases", nargs="*", default=[], help="plain, variants, models, decode, or parts of their names"
+    )
     parser.add_argument("--only", nargs="*", default=[], help="contestants, by name")
     parser.add_argument("--seconds", type=float, default=450.0, help="start nothing after so long")
     parser.add_argument("--tiny", action="store_true")
