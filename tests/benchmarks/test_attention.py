@@ -27,7 +27,8 @@ def test_contestants_agree(benchmark, triton_device, tmp_path):
     contestants = ["SDPA", "SDPA flash", "Flex", "fxopt Triton", "fxopt Triton, opaque mask", "fxopt Triton, bound"]
     report = benchmark.main([str(tmp_path), "--tiny", "--only", *contestants])
     assert {row["case"].split(",")[0] for row in report["rows"]} == {
-        "plain", "softcap", "ALiBi", "T5 bias", "window 16", "8 documents", "sink", "decode", "static cache"
+        "plain", "softcap", "ALiBi", "T5 bias", "T5 encoder", "BLOOM", "window 16", "8 documents", "sink", "decode",
+        "static cache",
     }  # fmt: skip
     assert all("ms" in row and row["error"] < 1e-5 for row in report["rows"]), report["rows"]
     assert json.loads((tmp_path / "attention.json").read_text()) == report
