@@ -97,6 +97,7 @@ def page(report: Report) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    from fxopt.view.explain import left
     from fxopt.view.highlight import highlighted
     from fxopt.view.sheets import Sheets
 
@@ -121,6 +122,7 @@ def page(report: Report) -> str:
         fused=text.fused(report),
         raised=text.raised(report),
         misses=text.grouped_misses(report.misses),
+        left=left(report),
         sheets=sheets.all(),
         data=Markup(page_data(report, sheets)),
         style=asset("page.css"),

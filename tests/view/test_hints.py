@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxopt
+from fxopt.view.save import page
 from fxopt.view.text import grouped_misses, nearest
 
 Q, W = torch.randn(2, 4, 8, 16), torch.randn(24, 16)
@@ -178,4 +179,6 @@ def test_a_softmax_that_is_no_attention_is_named_too(without_inductor):
     with torch.no_grad():
         told = fxopt.explain(lambda x: [(x @ x.mT).softmax(-1).topk(2).indices for x in (x, x + 1)], Q)
     assert told.report.misses == []
-    assert "left as they are\n  softmax.int, 2 times: nothing around it looks like attention, at " in str(told)
+    words = "softmax.int, 2 times: nothing around it looks like attention, at "
+    assert f"left as they are\n  {words}" in str(told)
+    assert words in page(told.report)
