@@ -290,7 +290,7 @@
     const long = lines.length > FOLDED + 4;
     const made = make("div", { class: `sheet${long ? " folded" : ""}` }, make("div", { class: "head" }, make("i", {}, language), make("strong", {}, title), open, copies(pre)),
       make("p", { class: "soft small" }, `${note} (${size})`), language === "Inductor" ? null : [pre, long ? more : null]); // of the whole graph: to be opened
-    if (long) requestAnimationFrame(() => { pre.scrollTop = kernelAt(pre); });
+    if (long) setTimeout(() => { pre.scrollTop = kernelAt(pre); }); // once it is in the page
     return made;
   }
 
