@@ -102,7 +102,7 @@ class GraphReport:
         misses: near misses, the farthest first
         sites: where a fused op took over
         generated: name -> what stands in fused ops' places: the traced nodes, or the source of the opaque call
-        compiled: Inductor's output code for the graph (its forward), where somebody listened
+        compiled: Inductor's output code for the graph (and its backward, if compiled with it), where somebody listened
         seconds: time of each stage ("retrace", "canonicalise", "match", "rewrite", "verify", "lower")
         lowering: who compiled it, and in which mode
         notes: what else there is to know, in words
