@@ -24,7 +24,7 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 
 from fxopt.graph.query import aten, val, widens
-from fxopt.graph.scope import Scope
+from fxopt.graph.scope import Scope, needs_gradient
 from fxopt.graph.symbols import Dim, known_equal
 from fxopt.match.masks import MaskProgram, Segment, insert, read_mask
 from fxopt.match.masks.bounds import limits
@@ -140,12 +140,16 @@ def read_bounds(
     *,
     everywhere: bool,
     tables: bool = False,
+    learned: bool = True,
 ) -> Bounds | None:
     """The bounds that the plan's masks amount to, or None where they say no more than the masks themselves.
 
     `at` is the node before which they will be computed. Unless `everywhere`, only causality and masks that take nothing
-    out are looked for: what needs neither first nor last. With `tables` biases are read too.
+    out are looked for: what needs neither first nor last. With `tables` biases are read too, unless gradients flow to
+    them and they may not be `learned`.
     """
+    if tables and not learned and any(s.tensor is not None and needs_gradient(s.tensor) for s in arranged.mask):
+        tables = False
     if tables and (parts := apart(arranged.mask, sizes)) != arranged.mask:
         whole = replace(arranged, mask=parts)
         found = _read_bounds(whole, scope, sizes, at, empty_rows, everywhere=everywhere, tables=True)

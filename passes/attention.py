@@ -67,7 +67,7 @@ class FuseAttention(Fusion):
     #: and where gradients flow: SDPA has them for masks that leave every row a key, not for numbers that are added
     bounds: bool | None = None
     #: biases by distance become tables of M + N - 1 numbers, and are told apart from what masks rule out; None: on
-    #: GPUs, whose kernels read such a table, for many scores and where no gradients flow
+    #: GPUs, whose kernels read such a table, for many scores, and in training biases that need no gradient
     tables: bool | None = None
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
@@ -100,10 +100,17 @@ class FuseAttention(Fusion):
         everywhere = self.bounds if self.bounds is not None else on_gpu or torch.is_grad_enabled()
         tables = self.tables
         if tables is None:  # of few scores SDPA takes a mask as it is, which layers share
-            tables = on_gpu and not torch.is_grad_enabled() and is_large(*roles.sizes[ROWS:])
+            tables = on_gpu and is_large(*roles.sizes[ROWS:])
         empty_rows = "uniform" if arranged.uniform else roles.empty_rows
         bounds = read_bounds(
-            arranged, scope, roles.sizes, roles.output, empty_rows, everywhere=everywhere, tables=tables
+            arranged,
+            scope,
+            roles.sizes,
+            roles.output,
+            empty_rows,
+            everywhere=everywhere,
+            tables=tables,
+            learned=bool(self.tables) or not torch.is_grad_enabled(),
         )
         unread = arranged
         if bounds is not None:

@@ -408,6 +408,34 @@ def test_models(fuser, kind, padding):
         assert mask is None or mask[-2] == 1 or "t5" in kind
 
 
+def fixed(w, i, j):
+    """ALiBi as models have it: its slopes are not learned."""
+    return torch.exp2(-torch.arange(1.0, HEADS + 1, device=i.device))[:, None, None] * (j - i)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("of, implementation", [(fixed, "triton_trained"), (alibi, "decomposed")])
+def test_on_a_gpu_biases_that_need_no_gradient_are_tables_in_training(of, implementation):
+    program = Bias(of, HEADS, mask=causal, fill=torch.finfo(torch.bfloat16).min).cuda()
+    tensors = [t.to("cuda", torch.bfloat16) for t in qkv(rows=1000, keys=1024, width=64)]
+
+    def gradients(step, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        out = step(*leaves)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    torch._dynamo.reset()
+    with fxopt.record() as rec:
+        ours = gradients(torch.compile(program, backend="fxopt", fullgraph=True), torch.bfloat16)
+    assert [site.implementation for site in rec.sites] == [implementation]
+    for mine, theirs, right in zip(
+        ours, gradients(program, torch.bfloat16), gradients(program, torch.float64), strict=True
+    ):
+        allowed = 2 * (theirs.double() - right).abs().max() + torch.finfo(torch.bfloat16).eps * right.abs().max()
+        assert (mine.double() - right).abs().max() <= allowed
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("of", [relative, alibi, by_key], ids=lambda f: f.__name__)

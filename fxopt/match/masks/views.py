@@ -324,11 +324,16 @@ def _scalar_tensor(lifter: Lifter, node: Node, index: Index) -> Value:
     return _symbolic(lifter, arguments(node)["s"], val(node).dtype)
 
 
+def _whole(number: Any) -> Any:
+    """A float that is an integer as one: arange(1.0, 5.0) holds integers too."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 @handles(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _arange(lifter: Lifter, node: Node, index: Index) -> Value:
     given = arguments(node)
-    step = given.get("step", 1)
-    start = lifter.size(given.get("start", 0))
+    step, first = _whole(given.get("step", 1)), _whole(given.get("start", 0))
+    start = lifter.size(first)
     if not isinstance(step, int):
         raise Opaque("steps that are no integer")
     form = start + index[0] * step

@@ -39,6 +39,9 @@ READ = {
     "(1 - m) · min": (lambda x: (1.0 - causal(x).float()) * MIN, "causal"),
     "distance": (lambda x: (ij(x)[0] - ij(x)[1]) >= 0, "causal"),
     "float distance": (lambda x: (ij(x)[0].float() - ij(x)[1].float()) > -0.5, "causal"),
+    "float positions": (
+        lambda x: torch.arange(1.0, x.shape[1] + 1)[:, None] > torch.arange(0.0, x.shape[1]), "causal",
+    ),
     "cumulative sum": (lambda x: torch.ones_like(x).cumsum(1)[0][:, None] > ij(x)[1], "causal"),
     "strictly": (lambda x: ij(x)[1] < ij(x)[0], "causal, -1, rows may be empty"),
     "window": (lambda x: causal(x) & (ij(x)[1] > ij(x)[0] - 3), "causal, window 3"),
@@ -90,7 +93,7 @@ READ = {
 
 
 #: floats hold integers up to 2^24, symbolic sizes have no such limit
-STATIC = ("float distance", "alibi")
+STATIC = ("float distance", "float positions", "alibi")
 
 
 @pytest.mark.parametrize("name, dynamic", [(n, d) for n in READ for d in (False, True) if not (d and n in STATIC)])
