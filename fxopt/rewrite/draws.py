@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 
+#: what the numbers of hostile rows are multiplied by: exp overflows for their products
+LARGE = 1e3
+#: in float16, where products of numbers that large are no numbers: what a model does beside them (fills scores with
+#: finfo.min, which is -65504) would mean something else in the float64 that is compared in
+LARGE_HALF = 30.0
+
+
 @dataclass(frozen=True)
 class Draw:
     """How one input is made; equal draws from equally seeded generators are equal.
 
     order  dimensions from the farthest apart in memory to the nearest
-    kind   "normal" | "rows" (a quarter of the rows times 1000) | "zeros" | "mask" (0 and -inf, some rows
+    kind   "normal" | "rows" (a quarter of the rows times LARGE) | "zeros" | "mask" (0 and -inf, some rows
            all -inf, some all at the dtype's lowest finite value) | "bool" | "dead" (bool, some rows all False) | "int"
     low, high  for "int": drawn from low to high - 1
     """
@@ -56,5 +63,6 @@ class Draw:
         if self.dtype.is_complex:
             drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=torch.float64))
         if self.kind == "rows":
-            drawn = drawn * torch.where(torch.rand(rows, generator=generator, dtype=torch.float64) < 0.25, 1e3, 1.0)
+            large = LARGE_HALF if self.dtype == torch.float16 else LARGE
+            drawn = drawn * torch.where(torch.rand(rows, generator=generator, dtype=torch.float64) < 0.25, large, 1.0)
         return drawn.to(self.dtype)

@@ -61,7 +61,7 @@ def trials(fusion: Fusion, match: Match, pair: Pair, sizes: Sizes, seed: int) ->
     yield maker.trial("normal", {}, smooth=True)
     yield maker.trial("normal again", {}, wide_integers=True)
     if maker.floats:
-        yield maker.trial("rows of 1000", dict.fromkeys(maker.floats, "rows"), native=False)
+        yield maker.trial("large rows", dict.fromkeys(maker.floats, "rows"), native=False)
         yield maker.trial("zeros", dict.fromkeys(maker.floats, "zeros"), native=False)
     masks = [n for n in maker.floats if _is_additive_mask(n, pair, match.moderate)]
     if masks or maker.bools:

@@ -271,14 +271,27 @@ HALF = [plain, mul_after, scale_on_both, tensor_scale, mask_after, two_masks, wh
         softmax_in_fp32, cast_around_softmax, scores_in_fp32, three_dims_mask_round_trip, sdpa_mask]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", HALF, ids=lambda f: f.__name__)
-def test_form_in_bfloat16(fuser, form):
-    inputs = (*qkv(torch.bfloat16), randn(2, 4, 5, 7, dtype=torch.bfloat16, seed=4))
+def test_form_in_half_precision(fuser, form, dtype):
+    inputs = (*qkv(dtype), randn(2, 4, 5, 7, dtype=dtype, seed=4))
     if form is where_inf or form is where_min:
-        inputs = (*inputs[:3], inputs[3].abs() - (inputs[3] < -1.5).to(torch.bfloat16) * 9)
+        inputs = (*inputs[:3], inputs[3].abs() - (inputs[3] < -1.5).to(dtype) * 9)
     actual = fuser.run(form, *inputs)
     assert fuser.sites == 1, fuser.reasons
     compare(actual, form, inputs)
+
+
+@pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float16).min, -1e4])
+def test_fills_of_float16_at_the_width_of_a_head(fuser, fill):
+    """Hostile rows of the verification stay within what scores in float16 can be."""
+
+    def program(q, k, v, m):
+        return attend((q @ k.mT).masked_fill(m < -1.5, fill), v)
+
+    inputs = (*(randn(2, 4, n, 128, dtype=torch.float16, seed=n) for n in (5, 7, 7)), randn(2, 4, 5, 7, seed=4))
+    compare(fuser.run(program, *inputs), program, inputs)
+    assert fuser.sites == 1, fuser.reasons
 
 
 def test_value_width_may_differ(fuser):
