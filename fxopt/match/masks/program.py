@@ -207,7 +207,7 @@ def read_value(
         limit = hard if hard is not None else torch.finfo(dtype).min if dtype.is_floating_point else -math.inf
         rest: list[tuple[Scalar, Condition]] = []
         for scalar, condition in value.pieces:
-            number = _hard(scalar, limit)
+            number = _hard(scalar, limit, absorbs=coordinates[-1].atom is not None)
             if number is None:
                 rest.append((scalar, condition))
             else:
@@ -221,11 +221,18 @@ def read_value(
     return _program(node, live, coordinates, keys, tuple(masked), bias)
 
 
-def _hard(scalar: Scalar, limit: float) -> float | None:
-    """The hard value that a case's value is, or that absorbs what else it is the sum of; None if there is none."""
+def _hard(scalar: Scalar, limit: float, *, absorbs: bool) -> float | None:
+    """The hard value that a case's value is, or that `absorbs` what else it is the sum of; None if there is none.
+
+    Of one key alone nothing is told apart: what can't rule out some keys of a row can rule out all.
+    """
     if isinstance(scalar, float):
         return scalar if scalar <= limit else None
-    if not isinstance(scalar, Apply) or getattr(scalar.target, "overloadpacket", None) is not torch.ops.aten.add:
+    if (
+        not absorbs
+        or not isinstance(scalar, Apply)
+        or getattr(scalar.target, "overloadpacket", None) is not torch.ops.aten.add
+    ):
         return None
     terms = [o.value for o in scalar.operands if isinstance(o, Operand)]
     if scalar.keywords or len(terms) != 2 or len(scalar.operands) != 2:
