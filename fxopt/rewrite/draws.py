@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 #: what the numbers of hostile rows are multiplied by: exp overflows for their products
 LARGE = 1e3
 #: in float16, where products of numbers that large are no numbers: what a model does beside them (fills scores with
