@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from fxopt.graph.query import module_path, storage, val
+from fxopt.graph.query import is_tensor, module_path, storage, val
 from fxopt.graph.symbols import hint
 from fxopt.lower.outline_cut import best_cut
 from fxopt.lower.outline_labels import (
@@ -76,9 +76,10 @@ class Outline:
 def outline(module: GraphModule, *, at_least: int = REPEATS) -> Outline:
     """A graph in which stretches that repeat `at_least` times are calls of one body.
 
-    `module` is not changed; it is the outline's own where nothing repeats. Every node that calls a function must have
-    its value in `meta["val"]`.
+    `module` is not changed, but for the order of its nodes; it is the outline's own where nothing repeats. Every node
+    that calls a function must have its value in `meta["val"]`.
     """
+    _gather_items(module.graph)
     bodies: list[tuple[_Body, list[Stretch]]] = []
     objections: list[str] = []
     symbols = _symbol_values(module.graph)
@@ -93,6 +94,18 @@ def outline(module: GraphModule, *, at_least: int = REPEATS) -> Outline:
         return Outline(module, objections=tuple(objections))
     outlined = tuple(body.summary(len(group)) for body, group in bodies)
     return Outline(_Builder(module, bodies).build(), outlined, tuple(objections))
+
+
+def _gather_items(graph: Graph) -> None:
+    """Put what is taken out of several results right behind the call: nothing is cut in between then."""
+    last: dict[Node, Node] = {}  # call -> the last of its items so far
+    for item in graph.find_nodes(op="call_function", target=operator.getitem):
+        call = item.args[0]
+        if isinstance(call, Node):
+            behind = last.get(call, call)
+            if item.prev is not behind:
+                behind.append(item)
+            last[call] = item
 
 
 def _groups(graph: Graph, at_least: int) -> Iterator[list[Stretch]]:
@@ -227,6 +240,9 @@ class _Body:
 
     def objection(self) -> str | None:
         """Why the stretches can't share this body, or None: what schemas don't say is seen in a run on fake tensors."""
+        several = next((n for i in self.results if not is_tensor(n := self.one.nodes[i])), None)
+        if several is not None:
+            return f"the results of {several.name} are read one by one behind it"
         unknown = [s for s in self.symbols if s not in self.symbol_values]
         if unknown:
             return f"no node of the graph has the size {unknown[0]} as its value"

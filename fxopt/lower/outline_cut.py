@@ -61,9 +61,9 @@ def levels(nodes: Sequence[Node]) -> dict[Node, int]:
 def best_cut(nodes: Sequence[Node], period: int, at_least: int) -> int:
     """The offset in [0, period) at which to cut the run `nodes`, whose labels repeat after `period`.
 
-    Costs are taken in the middle of the run, where the borders look alike. In order: too few periods left; bytes of
-    values that would not have been written otherwise; periods lost, because the run does not start at a border; bytes
-    that cross.
+    Costs are taken in the middle of the run, where the borders look alike. In order: several results that would cross as
+    one (a body returns tensors); too few periods left; bytes of values that would not have been written otherwise;
+    periods lost, because the run does not start at a border; bytes that cross.
     """
     whole = len(nodes) // period
     first = max(0, whole // 2 - 1) * period
@@ -72,12 +72,13 @@ def best_cut(nodes: Sequence[Node], period: int, at_least: int) -> int:
     level = levels(sample)
     last = {node: max((position[u] for u in _readers(node) if u in position), default=-1) for node in sample}
 
-    def cost(offset: int) -> tuple[bool, int, int, int]:
+    def cost(offset: int) -> tuple[bool, bool, int, int, int]:
         border = period + offset
         crossing = {_base(node, position) for node in sample[:border] if last[node] >= border}
         lost = sum(_bytes(node) for node in crossing if _fuses_across(node, border, position, level))
         left = (len(nodes) - offset) // period
-        return left < at_least, lost, whole - left, sum(map(_bytes, crossing))
+        tuples = any(not isinstance(val(node), Tensor) for node in crossing)
+        return tuples, left < at_least, lost, whole - left, sum(map(_bytes, crossing))
 
     return min(range(period), key=cost)
 

@@ -57,9 +57,9 @@ def stays_outside(node: Node) -> str | None:
 
 
 def may_alias(node: Node) -> bool:
-    """Whether the node's result may be a view of an argument, by its schema."""
+    """Whether the node's result may be a view of an argument, by its schema; one of several results as they are."""
     if node.target is operator.getitem:
-        return True
+        return not isinstance(node.args[0], Node) or may_alias(node.args[0])
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(r.alias_info is not None for r in schema.returns)
 

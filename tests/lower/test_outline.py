@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import transformers
@@ -177,6 +179,43 @@ def test_results_that_are_views_are_made_outside():
 
 def _results(body: GraphModule):
     return body.graph.output_node().args[0]
+
+
+def test_several_results_leave_a_body_one_by_one():
+    """Their items are no views of one tensor, and are cut from the call by no write."""
+    caches = [torch.zeros(2, 2) for _ in W]
+
+    def layer(i, x, w, cache):
+        variance, mean = torch.var_mean(x, -1, keepdim=True)
+        cache.copy_(mean.view(2, 2))
+        n = (x - mean) * torch.rsqrt(variance + 1e-6)
+        return x + torch.nn.functional.silu(n @ w) @ w.t() * 0.1
+
+    def program(x, *given):
+        for i, (w, cache) in enumerate(zip(given[: len(W)], given[len(W) :], strict=True)):
+            x = layer(i, x, w, cache)
+        return x
+
+    found = _outlined(program, X, *W, *caches)
+    (body,) = found.bodies
+    assert body.calls >= 10
+    assert not found.objections
+    assert not any("var_mean" in str(r.target) for r in _results(getattr(found.module, body.name)))
+
+
+def test_items_far_from_their_call_are_brought_to_it():
+    def layer(i, x, w):
+        variance, mean = torch.var_mean(_layer(x, w), -1, keepdim=True)
+        return x + mean + variance
+
+    traced = _traced(lambda x, *w: _stack(layer, x, *w), X, *W)
+    items = traced.graph.find_nodes(op="call_function", target=operator.getitem)
+    for item in items:
+        next(iter(item.users)).prepend(item)
+    (body,) = outline(traced).bodies
+    assert body.calls >= 10
+    assert len(items) == 2 * len(W)
+    assert all(items[i].args[0] in (item.prev, item.prev.prev) for i, item in enumerate(items))
 
 
 def test_writes_and_random_numbers_stay_outside():
