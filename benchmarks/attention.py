@@ -250,7 +250,7 @@ def bloom(shape: Shape, device: str, dtype: torch.dtype) -> Case:
 
     def eager(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
         i, j = places(q, k)
-        bias = (slopes[:, None, None] * j).to(q.dtype)
+        bias = (slopes[:, None, None] * j).to(dtype)  # as the model rounds it, whatever it is compared in
         return attend(q, k, v, shape.scale, lambda s: s + bias + masked(j <= i, s.dtype))
 
     bias = (slopes[:, None, None] * torch.arange(shape.keys, device=device)).to(dtype)[None]

@@ -150,13 +150,14 @@ def _triton_unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 
 def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
     """The one place that says where the Triton kernels are preferred: for few rows over many keys, and where SDPA
-    can't help, would need the bounds or the bias of many rows as a mask, or the sink as a key, which costs a copy of K
-    and V, half a tile of width and a mask."""
-    _, _, _, softcap, sink, factor, first, last, bias = rest
+    can't help, would need the bounds of many rows as a mask, or the sink as a key, which costs a copy of K and V, half
+    a tile of width and a mask. A bias alone is no reason: T5-base's encoder, 16 times 512 tokens, takes SDPA 0.07 ms on
+    an H200 with the bias spread out, and the kernel 0.28 with the table."""
+    _, _, _, softcap, sink, factor, first, last, _ = rest
     bounded = first is not None or last is not None
     if _beyond_sdpa(softcap, factor) is not None or sink is not None:  # type: ignore[arg-type]
         return None
-    if (bounded or bias is not None) and _many(q, k):
+    if bounded and _many(q, k):
         return None
     if not target.compiled:
         return "op by op, SDPA's launch costs the host less"

@@ -57,8 +57,8 @@ class FuseAttention(Fusion):
     added or filled in, soft caps, sinks, heads of k and v repeated (grouped-query attention) or mixed (talking heads),
     and weights that are scaled, mixed with others or blanked afterwards. Masks that the graph makes become causality,
     or bounds on each row's keys (`bounds`); biases that depend on the distance of key and row only become tables
-    (`tables`). Refused, with the reason, where the softmax is not over the keys, dropout
-    is active, the scores are clamped, or the weights are used elsewhere.
+    (`tables`). Refused, with the reason, where the softmax is not over the keys, dropout is active, the scores are
+    clamped, or the weights are used elsewhere.
     """
 
     anchors: ClassVar[tuple[Any, ...]] = (*SOFTMAXES, SDPA)
@@ -67,7 +67,7 @@ class FuseAttention(Fusion):
     #: and where gradients flow: SDPA has them for masks that leave every row a key, not for numbers that are added
     bounds: bool | None = None
     #: biases by distance become tables of M + N - 1 numbers, and are told apart from what masks rule out; None: on
-    #: GPUs, whose kernels read such a table, for many scores, and in training biases that need no gradient
+    #: GPUs in training, for many scores and biases that need no gradient: without gradients SDPA is faster with a mask
     tables: bool | None = None
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
@@ -99,8 +99,8 @@ class FuseAttention(Fusion):
         on_gpu = val(roles.v.base).device.type == "cuda"
         everywhere = self.bounds if self.bounds is not None else on_gpu or torch.is_grad_enabled()
         tables = self.tables
-        if tables is None:  # of few scores SDPA takes a mask as it is, which layers share
-            tables = on_gpu and is_large(*roles.sizes[ROWS:])
+        if tables is None:
+            tables = on_gpu and torch.is_grad_enabled() and is_large(*roles.sizes[ROWS:])
         empty_rows = "uniform" if arranged.uniform else roles.empty_rows
         bounds = read_bounds(
             arranged,

@@ -166,7 +166,7 @@ def test_what_the_tuner_draws_fits():
 
 
 @pytest.mark.parametrize("target, rows, chosen", [
-    (Target(torch.device("cuda")), 1024, "triton"),
+    (Target(torch.device("cuda")), 1024, "sdpa"),
     (Target(torch.device("cuda")), 64, "sdpa"),
     (Target(torch.device("cuda"), opaque=False), 1024, "sdpa"),
     (Target(torch.device("cpu")), 1024, "sdpa"),
