@@ -61,8 +61,8 @@ def levels(nodes: Sequence[Node]) -> dict[Node, int]:
 def best_cut(nodes: Sequence[Node], period: int, at_least: int) -> int:
     """The offset in [0, period) at which to cut the run `nodes`, whose labels repeat after `period`.
 
-    Costs are taken in the middle of the run, where the borders look alike. In order: several results that would cross as
-    one (a body returns tensors); too few periods left; bytes of values that would not have been written otherwise;
+    Costs are taken in the middle of the run, where the borders look alike. In order: several results that would cross
+    as one (a body returns tensors); too few periods left; bytes of values that would not have been written otherwise;
     periods lost, because the run does not start at a border; bytes that cross.
     """
     whole = len(nodes) // period
