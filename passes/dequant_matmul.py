@@ -30,6 +30,15 @@ from fxopt.rewrite.fusion import Example, Fusion
 
 aten = torch.ops.aten
 
+#: products of quantised operands that are no matmul of a dequantised weight, and why they stay
+_OTHERS = {
+    aten._int_mm.default: "the activations are quantised too: a product of integers has no fused op",
+    aten._scaled_mm.default: "the activations are quantised too: a product of float8 has no fused op",
+    aten._weight_int8pack_mm.default: "the weight is packed for a kernel of PyTorch's, which is called already",
+    aten._weight_int4pack_mm.default: "the weight is packed for a kernel of PyTorch's, which is called already",
+    aten._weight_int4pack_mm_for_cpu.default: "the weight is packed for a kernel of PyTorch's, which is called already",
+}
+
 
 @dataclass(frozen=True)
 class FuseDequantMatmul(Fusion):
@@ -40,9 +49,11 @@ class FuseDequantMatmul(Fusion):
     the kernel pays for: the user's own form costs Inductor one pass over the weight before a plain matmul.
     """
 
-    anchors = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default)
+    anchors = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, *_OTHERS)
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
+        if node.target in _OTHERS:
+            return Miss(_OTHERS[node.target], node, 1, "hand the weight over as int8 or int4 with its scales")
         product = find_product(node)
         if product is None:
             return None

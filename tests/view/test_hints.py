@@ -126,6 +126,11 @@ NOT_FUSED = {
         (torch.randn(4, 32), torch.randint(0, 16, (64, 32), dtype=torch.uint8), torch.randn(16)),
         "dequant_matmul",
     ),
+    "product of integers": (
+        lambda a, b: torch._int_mm(a, b) * 0.1,
+        (torch.ones(32, 32, dtype=torch.int8), torch.ones(32, 64, dtype=torch.int8)),
+        "dequant_matmul",
+    ),
     "int8 weight with a zero point": (
         lambda x, w: x @ ((w.to(torch.float32) - 3.0) * 0.1).T,
         (torch.randn(4, 32), torch.randint(-100, 100, (64, 32), dtype=torch.int8)),
