@@ -90,20 +90,12 @@ def fingerprint() -> str:
     for file in folder.glob("*.json") if folder is not None else ():
         with contextlib.suppress(OSError):  # removed meanwhile
             on_disk[file.stem] = f"{file.stem} {file.stat().st_mtime_ns}"
-    shipped = {id(entry) for entry in _tables().values()}
+    tables = _tables()
+    shipped = {id(entry) for entry in tables.values()}
     unwritten = [repr((s, e)) for s, e in _memory.items() if e and s not in on_disk and id(e) not in shipped]
-    found = [*on_disk.values(), *unwritten, *_tables()]
+    named = [f"{name} {e.implementation} {sorted(e.config.items())}" for name, e in tables.items()]
+    found = [*on_disk.values(), *unwritten, *named]
     return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
-
-
-def export(path: Path, *, device: str) -> int:
-    """Write what the store holds for `device` (a part of its name) as a table; how many entries that are."""
-    folder = cachedir.cachedir("tune")
-    files = sorted(folder.glob("*.json")) if folder is not None else []
-    known = [_read(file.stem) for file in files]
-    chosen = [entry for entry in known if entry is not None and device in entry.key.get("device", "")]
-    write_table(path, chosen)
-    return len(chosen)
 
 
 def write_table(path: Path, entries: Iterable[Entry]) -> None:

@@ -375,16 +375,17 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("padding, dynamic", [
-    (0, None), pytest.param(4, None, marks=pytest.mark.slow), pytest.param(4, True, marks=pytest.mark.slow),
-])  # fmt: skip
-@pytest.mark.parametrize("kind", [
-    "t5", "bloom", pytest.param("mt5", marks=pytest.mark.slow), pytest.param("umt5", marks=pytest.mark.slow),
-    "mpt", "falcon",
-])  # fmt: skip
+def models():
+    """(kind, padding, dynamic). With dynamic=True Falcon scales by a number that is known at run time only."""
+    for kind in SMALL:
+        for padding, dynamic in ((0, None), (4, None), (4, True)):
+            if not (kind == "falcon" and dynamic):
+                slow = padding or kind in ("mt5", "umt5")
+                yield pytest.param(kind, padding, dynamic, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("kind, padding, dynamic", models())
 def test_models(fuser, kind, padding, dynamic):
-    if kind == "falcon" and dynamic:
-        pytest.skip("with dynamic=True the number that it scales by is known at run time only")
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(kind, vocab_size=64, **SMALL[kind])
     config._attn_implementation = "eager"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -69,8 +70,7 @@ def test_writers_at_once_leave_one_whole_entry(cache):
 def test_the_users_measurements_come_before_the_table(tmp_path):
     store.TABLES.mkdir()
     store.save("a", ENTRY)
-    store.save("b", Entry({"device": "other"}, "aten"))
-    assert store.export(store.TABLES / "h1.json", device="H1") == 1
+    store.write_table(store.TABLES / "h1.json", [ENTRY])
     (store.TABLES / "broken.json").write_text('{"entries": [{"format": 1}, 3]}')
     (store.TABLES / "torn.json").write_text('{"entries": [')
     for file in (tmp_path / "cache" / "tune").iterdir():
@@ -85,6 +85,17 @@ def test_the_users_measurements_come_before_the_table(tmp_path):
     store.save("a", mine)
     store.clear()
     assert store.load("a", shipped) == mine
+
+
+def test_the_fingerprint_changes_with_what_a_table_says():
+    """Its keys outlive versions of the package: what they stand for may change under them."""
+    store.TABLES.mkdir()
+    prints = set()
+    for block in (8, 16):
+        store.write_table(store.TABLES / "h1.json", [replace(ENTRY, config={"BLOCK": block})])
+        store.clear()
+        prints.add(store.fingerprint())
+    assert len(prints) == 2
 
 
 def test_the_fingerprint_changes_with_what_is_known_only():
