@@ -214,7 +214,7 @@ class _Driver:
 
     def _verify(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> Verdict:
         try:
-            return self.verifier.verify(fusion, match, replacements)
+            return self.verifier.verify(fusion, match, replacements, self.scope)
         except Exception as error:  # what can't be verified for a fault of ours is not done either
             self._warn(fusion, "its verification failed", error)
             return Verdict("failed", f"the verification raised {type(error).__name__}: {error}")

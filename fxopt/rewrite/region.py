@@ -3,6 +3,9 @@
 Both are cut out of the graph at the values that they read. Where the two read different values (one reads a transposed
 key, the other the key; one reads a mask, the other knows that it is causal), the values in between are computed on both
 sides, back to what they have in common: compared on unrelated inputs, a right rewrite would look wrong.
+
+A program writes in place, a function doesn't. So a value in between is computed only where all that read it see what
+its op computed; one that was overwritten before it is read becomes an input, related to nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import is_mutable, val, written_arguments
-from fxopt.graph.scope import is_barrier, is_random
+from fxopt.graph.query import is_mutable, val
+from fxopt.graph.scope import Scope, StorageId, is_barrier, is_random, storages
 
 #: values searched backwards from one input for what it has in common with the others (the longest mask chain
 #: of transformers' models is 55 nodes)
@@ -48,9 +51,14 @@ def extract(
     region: Collection[Node],
     made: Collection[Node],
     *,
+    scope: Scope,
+    place: Node,
     widen: bool = False,
 ) -> Pair:
-    """Cut the two functions out of their graph. `widen`: relate all inputs to each other, not only unshared ones."""
+    """Cut the two functions out of their graph. `widen`: relate all inputs to each other, not only unshared ones.
+
+    `scope` knows the graph's writes; at `place` both functions read their inputs.
+    """
     inside = set(region)
     old, old_inputs = _cone(outputs, inside)
     new, new_inputs = _cone(replacements, inside | set(made))
@@ -59,6 +67,7 @@ def extract(
     apart = {n for n in apart if n not in old and n not in new}
     if apart:
         between = _between(apart, old_inputs, new_inputs)
+        between = _unwritten(between, old_inputs | new_inputs, scope, place)
         old, old_inputs = _cone(outputs, inside | between)
         new, new_inputs = _cone(replacements, inside | set(made) | between)
     return Pair(
@@ -127,6 +136,39 @@ def _sources(nodes: set[Node], known: set[Node]) -> set[Node]:
     return parents - nodes - known
 
 
+def _unwritten(between: set[Node], read: set[Node], scope: Scope, place: Node) -> set[Node]:
+    """The part of `between` that is a function: no value of it is overwritten before, or between, its being read.
+
+    `read` are the values that both functions read, at `place`.
+    """
+    writes = [(node, written) for node, written in scope.writes if node < place]
+    while between:
+        readers: dict[Node, list[Node]] = {}
+        for node in between:
+            for parent in node.all_input_nodes:
+                readers.setdefault(parent, []).append(node)
+        memory = {node: storages(node) for node in {*readers, *between, *read}}
+        touched = frozenset().union(*memory.values())
+        writes = [(node, written) for node, written in writes if written & touched]
+        wrong: set[Node] = set()
+        for value, memory_of in memory.items() if writes else ():
+            by = readers.get(value, [])
+            last = place if value in read else max(by, default=value)
+            wrong.update(at for at in by if _overwritten(memory_of, at, last, writes))
+            if value in between and _overwritten(memory_of, value, last, writes):
+                wrong.add(value)
+        if not wrong:
+            break
+        between = between - wrong
+    return between
+
+
+def _overwritten(
+    memory: frozenset[StorageId], first: Node, last: Node, writes: list[tuple[Node, frozenset[StorageId]]]
+) -> bool:
+    return any(first < node < last and written & memory for node, written in writes)
+
+
 def _ancestors(starts: Iterable[Node], known: set[Node]) -> set[Node]:
     """Up to SEARCH pure nodes behind each of `starts`, nearest first, itself included, not going past `known`."""
     found: set[Node] = set()
@@ -135,8 +177,6 @@ def _ancestors(starts: Iterable[Node], known: set[Node]) -> set[Node]:
         for at in queue:  # grows as it is walked
             if at.op != "call_function" or is_mutable(at) or is_random(at) or is_barrier(at):
                 continue
-            if any(at in written_arguments(u) for u in at.users):
-                continue  # its value here may not be what its op computed
             found.add(at)
             for parent in at.all_input_nodes:
                 if parent not in seen and parent not in known and len(seen) < SEARCH:

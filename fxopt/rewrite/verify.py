@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from fxopt.graph.query import is_call, val
+from fxopt.graph.scope import Scope
 from fxopt.match.match import Match
 from fxopt.ops import ANYWHERE, Implementation, Target, find_op
 from fxopt.rewrite import verdicts
@@ -65,10 +67,13 @@ class Verifier:
         self.seed = seed
         self.target = target
 
-    def verify(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> Verdict:
+    def verify(
+        self, fusion: Fusion, match: Match, replacements: tuple[Node, ...], scope: Scope | None = None
+    ) -> Verdict:
         """What is known of replacing `match.outputs` by `replacements`; the graph isn't changed.
 
-        To be called when the new nodes are in the graph and the old ones still have their users.
+        To be called when the new nodes are in the graph and the old ones still have their users. `scope` is that of
+        the graph; without one the graph is looked through.
         """
         if self.level == "off":
             return Verdict("unchecked", "verification is off")
@@ -82,13 +87,17 @@ class Verifier:
         if self.level == "meta":
             return Verdict("meta")
         try:
-            return self._numbers(fusion, match, replacements)
+            return self._numbers(fusion, match, replacements, scope or Scope(match.graph))
         except Exception as error:  # whatever goes wrong here must not cost the user the compilation
             log.warning("verifying %s raised %s: %s", fusion.name, type(error).__name__, error, exc_info=True)
             return Verdict("unchecked", f"verification raised {type(error).__name__}: {error}")
 
-    def _numbers(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...]) -> Verdict:
-        pair = extract(match.outputs, replacements, match.nodes, match.made)
+    def _numbers(self, fusion: Fusion, match: Match, replacements: tuple[Node, ...], scope: Scope) -> Verdict:
+        cut = partial(
+            extract, match.outputs, replacements, match.nodes, match.made, scope=scope,
+            place=match.insert_before or max(match.outputs),
+        )  # fmt: skip
+        pair = cut()
         found = obstacle(pair)
         if found is not None:
             return Verdict("unchecked", found)
@@ -100,7 +109,7 @@ class Verifier:
         known = verdicts.lookup(signature, disk=on_disk)
         if known is None:
             with isolated(target.device):
-                known = torch._dynamo.disable(self._check)(fusion, match, replacements, pair, target, chosen)
+                known = torch._dynamo.disable(self._check)(fusion, match, pair, cut, target, chosen)
             verdicts.store(signature, known, disk=on_disk)
         return known
 
@@ -108,14 +117,14 @@ class Verifier:
         self,
         fusion: Fusion,
         match: Match,
-        replacements: tuple[Node, ...],
         pair: Pair,
+        cut: Callable[..., Pair],
         target: Target,
         chosen: dict[Node, Implementation],
     ) -> Verdict:
         failure: _Failure | None = None
         reason = ""
-        for attempt, scalars in self._attempts(match, replacements, pair):
+        for attempt, scalars in self._attempts(pair, cut):
             check = _Check(fusion, match, attempt, self)
             outcome = check.algebra(chosen, scalars=scalars)
             if isinstance(outcome, _Equal):
@@ -126,7 +135,7 @@ class Verifier:
                 reason = reason or outcome
         return Verdict("unchecked", reason) if failure is None else failure.verdict(fusion)
 
-    def _attempts(self, match: Match, replacements: tuple[Node, ...], pair: Pair) -> Iterator[tuple[Pair, bool]]:
+    def _attempts(self, pair: Pair, cut: Callable[..., Pair]) -> Iterator[tuple[Pair, bool]]:
         """Readings of the same rewrite, the plainest first; one under which it holds is enough.
 
         They differ in what a number that equals a size means, and in whether inputs that both sides read are tied
@@ -134,7 +143,7 @@ class Verifier:
         """
         yield pair, False
         yield pair, True
-        wide = extract(match.outputs, replacements, match.nodes, match.made, widen=True)
+        wide = cut(widen=True)
         if wide != pair and obstacle(wide) is None:
             yield wide, False
             yield wide, True

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sites
+from fxopt.graph.scope import Scope
 from fxopt.rewrite.evaluate import ShapeMismatch, isolated, promote, run_promoted
 from fxopt.rewrite.region import extract, structure
 from fxopt.rewrite.standin import KEEP, Sizes, candidates
@@ -19,7 +20,8 @@ def empty(*shape, dtype=torch.float32):
 
 def cut(program, *inputs):
     match, replacements = sites.site(program, program, *inputs)
-    return match, extract(match.outputs, replacements, match.nodes, match.made)
+    place = max(match.outputs)
+    return match, extract(match.outputs, replacements, match.nodes, match.made, scope=Scope(match.graph), place=place)
 
 
 def fitting(program, *inputs):

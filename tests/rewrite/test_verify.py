@@ -1,6 +1,7 @@
 """Right rewrites pass, wrong ones don't, and nobody notices that they were checked."""
 
 import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sites
 from fxopt import cachedir
+from fxopt.match.match import Match
 from fxopt.ops import fused_op
 from fxopt.rewrite import verdicts
 from fxopt.rewrite.compare import Distance, distance
@@ -153,6 +156,54 @@ def test_a_mask_made_outside_the_match():
         attention, sdpa, Q, KV, KV, keep=["arange", "ge", "unsqueeze_2", "unsqueeze_3"]
     )  # the mask's chain is not matched, and the replacement doesn't read it
     assert verdict.status == "equal", verdict
+
+
+@pytest.mark.parametrize(
+    "when, write, status",
+    [
+        ("before", lambda mask: mask.logical_not_(), "failed"),
+        ("before", lambda mask: mask[3:].logical_not_(), "failed"),  # through a view
+        ("after", lambda mask: mask.logical_not_(), "equal"),
+        ("after", lambda mask: mask[3:].logical_not_(), "equal"),
+    ],
+)
+def test_a_mask_made_outside_the_match_and_overwritten(when, write, status):
+    def program(q, k, v):
+        mask = causal(40, 40)
+        if when == "before":
+            write(mask)
+        scores = torch.where(mask, q @ k.transpose(2, 3) * 16**-0.5, -math.inf)
+        out = torch.softmax(scores, -1) @ v
+        if when == "after":
+            write(mask)
+        return out
+
+    q = empty(2, 4, 40, 16)
+    verdict = verify(program, F.scaled_dot_product_attention, q, q, q, keep=("arange", "ge", "slice", "logical_not"))
+    assert verdict.status == "failed"
+    fused = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    verdict = verify(program, fused, q, q, q, keep=("arange", "unsqueeze", "ge", "slice", "logical_not"))
+    assert verdict.status == status, verdict
+
+
+@pytest.mark.parametrize(
+    "read, status",
+    [
+        (lambda x, four: x + four, "failed"),  # x is another one by then
+        (lambda x, four: four + four, "equal"),
+    ],
+)
+def test_what_was_made_of_a_value_before_it_is_overwritten(read, status):
+    def program(x):
+        four, eight = x * 4, x * 8
+        x.view(-1).sin_()
+        return read(x, four), eight
+
+    module = make_fx(program, pre_dispatch=True, tracing_mode="fake")(empty(64))
+    add, eight = module.graph.output_node().args[0]
+    match = Match((add,), frozenset({add}), {})
+    made = match.call(torch.ops.aten.mul.Tensor, eight, 1 if status == "equal" else 5 / 8)
+    assert Verifier().verify(sites.Toy(), match, (made,)).status == status
 
 
 def test_zero_size_and_scalar_values():
