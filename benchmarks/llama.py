@@ -65,7 +65,7 @@ def model_of(layers: int, attention: str) -> Any:
 
 
 def prefill(model: Any, batch: int, length: int) -> Any:
-    ids = torch.randint(0, 128256, (batch, length), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
     return lambda run: lambda: run(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
 
@@ -74,10 +74,10 @@ def decode(model: Any, batch: int, cache_length: int, used: int) -> Any:
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=cache_length)
-    ids = torch.randint(0, 128256, (batch, used), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (batch, used), device=model.device)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token = torch.randint(0, 128256, (batch, 1), device="cuda")
+    token = torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)
 
     def bind(run: Any) -> Any:
         for layer in cache.layers:  # every mode starts at the same position; a step advances it by one

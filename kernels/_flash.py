@@ -30,10 +30,13 @@ from fxopt.kernels._flash_parts import (
     _divide,
     _start,
     _step,
+    _whose,
+    batch_inner,
     example_signature,
     example_values,
     example_widths,
     operands,
+    section,
 )
 from fxopt.kernels._flash_tiles import list_tiles, worth_listing
 from fxopt.kernels._triton import CompileExample, jit, tl
@@ -48,13 +51,13 @@ DECODE_CONFIGS = ((32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 2))
 @jit
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q, k, v, mask, factor, bias, sink, first, last, tiles, out, tops, weights,
-    heads, group, rows, keys, scale, cap,
+    batches, heads, group, section, rows, keys, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_key, v_batch, v_head, v_key, m_batch, m_head, m_row, m_key,
     f_batch, f_head, f_row, f_key, b_batch, b_head, s_batch, s_head, s_row,
     first_batch, first_head, first_row, last_batch, last_head, last_row, t_batch,
     MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
     IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr, TILES: tl.constexpr,
-    STATS: tl.constexpr,
+    STATS: tl.constexpr, BATCH_INNER: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -63,11 +66,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     Tiles that every row sees whole are taken first, then those at an edge. With TILES both are listed. With STATS the
     maximum and the weight of each row are kept, for the backward.
     """
-    tile = tl.program_id(1)
-    if IS_CAUSAL or LAST:
-        tile = tl.num_programs(1) - 1 - tile
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64)
+    batch, head, tile = _whose(batches, heads, group, section, IS_CAUSAL or LAST, BATCH_INNER)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     wide_row = row.to(tl.int64)
     column = tl.arange(0, BLOCK_N)
@@ -254,11 +253,11 @@ def prefill(
     listed = worth_listing(given, block_n)
     tiles = list_tiles(given, block_m, block_n) if listed else out
     tops, weights = stats if stats is not None else (out, out)
-    _prefill_kernel[(batch * heads, _triton.ceil_div(rows, block_m))](
-        *given.tensors, tiles, out, tops, weights, heads, heads // kv_heads, rows, keys,
+    _prefill_kernel[(batch * heads * _triton.ceil_div(rows, block_m),)](
+        *given.tensors, tiles, out, tops, weights, batch, heads, heads // kv_heads, section(given), rows, keys,
         scale, 1.0 if softcap is None else softcap, *given.strides, tiles.stride(0) if listed else 0,
-        **given.flags, TILES=listed, STATS=stats is not None, **widths, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=warps, num_stages=stages,
+        **given.flags, TILES=listed, STATS=stats is not None, BATCH_INNER=batch_inner(given), **widths,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -285,9 +284,9 @@ def _example(name: str, dtype: str, mask: str | None, d: int, **flags: Any) -> C
     block_m, block_n, warps, stages = blocks(
         widths["BLOCK_D"] * itemsize, itemsize, tensors, by_distance or bool({"FIRST", "LAST"} & flags.keys())
     )
-    values = example_values(mask) | {"TILES": False, "STATS": False} | flags
+    values = example_values(mask) | {"TILES": False, "STATS": False, "BATCH_INNER": False} | flags
     values |= {**widths, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    signature = example_signature(dtype, mask, "heads group rows keys t_batch")
+    signature = example_signature(dtype, mask, "batches heads group section rows keys t_batch")
     signature |= {"tiles": "*i32", "tops": "*fp32", "weights": "*fp32"}
     return CompileExample(name, _prefill_kernel, signature, values, warps, stages)
 

@@ -17,6 +17,7 @@ powers of two are padded in registers, with zeros that add nothing to the produc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -142,6 +143,31 @@ def _step(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _whose(  # type: ignore[no-untyped-def]
+    batches, heads, group, section, BACKWARDS: tl.constexpr, BATCH_INNER: tl.constexpr
+):  # fmt: skip
+    """(batch, head, tile of rows) of a program: `section` heads at a time, tile by tile, so that the keys and values
+    that they read again and again stay in the L2 cache.
+
+    With BACKWARDS the last tiles, which are often the longest, are started first; with BATCH_INNER the batches of a
+    head follow each other, for what they share.
+    """
+    tiles = tl.num_programs(0) // (batches * heads)
+    within = tl.program_id(0) % (section * tiles)
+    pair = tl.program_id(0) // (section * tiles) * section + within % section
+    tile = within // section
+    if BACKWARDS:
+        tile = tiles - 1 - tile
+    if BATCH_INNER:
+        batch = pair // group % batches
+        head = pair // (group * batches) * group + pair % group
+    else:
+        batch = pair // heads
+        head = pair % heads
+    return batch.to(tl.int64), head.to(tl.int64), tile
+
+
+@jit
 def _start(sink, offsets, has_sink, SINK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """(m, l) before the first key: nothing yet, or the sink, a score without a value."""
     top = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -248,6 +274,29 @@ def operands(
     flags = {"MASK": kind, "FACTOR": factor is not None, "CAP": cap, "SINK": sink is not None, "IS_CAUSAL": is_causal}
     flags |= {"BIAS": by, "FIRST": first is not None, "LAST": last is not None, "EMPTY": empty}
     return Operands(q, k, v, mask, factor, bias, sink, first, last, skip_minima, flags)
+
+
+def section(given: Operands) -> int:
+    """How many query heads, of all batches, are worked on at a time: those whose keys and values fill half the L2.
+
+    All heads at once, tile by tile, would read keys and values from memory once a tile.
+    """
+    batch, heads = given.q.shape[:2]
+    kv_heads, keys = given.k.shape[1:3]
+    one = keys * (given.k.shape[3] + given.v.shape[3]) * given.k.element_size()
+    return heads // kv_heads * _kv_heads_within(_triton.l2_cache(given.q.device) // 2, one, batch * kv_heads)
+
+
+@lru_cache
+def _kv_heads_within(room: int, one: int, pairs: int) -> int:
+    """The largest divisor of `pairs` for which so many times `one` fit into `room`, at least 1."""
+    most = min(max(1, room // max(one, 1)), pairs)
+    return next(n for n in range(most, 0, -1) if pairs % n == 0)
+
+
+def batch_inner(given: Operands) -> bool:
+    """Whether a mask or factor tells heads apart and batches not: read once for all of them where they go together."""
+    return any(t is not None and t.stride(0) == 0 and t.stride(1) != 0 for t in (given.mask, given.factor))
 
 
 def at_zero(bias: Tensor, by: int, shape: tuple[int, int, int, int]) -> Tensor:

@@ -22,6 +22,7 @@ import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,12 @@ def dependent_launch(x: Tensor, programs: int, resident: int) -> dict[str, Any]:
         return {"PDL": 0}
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     return {"PDL": 2 if programs <= resident * multiprocessors else 1, "launch_pdl": True}
+
+
+@lru_cache
+def l2_cache(device: torch.device) -> int:
+    """Bytes of the L2 cache of a device; where there is none to be asked, of an H100."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
 
 
 def needs_gpu(target: Target) -> str | None:

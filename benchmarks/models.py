@@ -1,0 +1,348 @@
+"""Whole models of Hugging Face at full width: eager mode and Inductor, each with both attentions, against fxopt.
+
+    python benchmarks/models.py FOLDER [--cases encode decode prefill ...] [--seconds 300] [--tiny]
+
+    encode    BERT-base, GPT-2 medium, T5-base's encoder, Gemma 2 2B (6 layers), BLOOM-560m, ViT-B/16, Swin-T: a batch
+    prefill   the shapes of Qwen3 8B, Gemma 2 2B, Mistral 7B, Phi-3 mini and GPT-2 XL with 4 layers: 1 x 2048 tokens
+    decode    the same, one token against a static cache of 2048 with 513 written, in CUDA graphs
+
+Random bfloat16 weights. A process a model compiles all its contestants side by side with the others; then, one process
+after the other and nothing beside it, each contestant is timed (`timing.milliseconds`) and its peak memory beyond what
+was there before is taken. Logits are compared with those of eager mode. Results: FOLDER/models.json and models.md.
+--tiny does it at small sizes, on a CPU too: to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fxopt
+from llama import decode, prefill
+from timing import milliseconds
+
+Step = Callable[[Any], Callable[[], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`attention` is transformers' attn_implementation; without a backend the model runs in eager mode."""
+
+    attention: str
+    backend: str | None = None
+    mode: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.backend or "eager mode", self.mode, self.attention) if part)
+
+
+BATCHES = [Contestant(a, b) for b in (None, "inductor", "fxopt") for a in ("eager", "sdpa")]
+PREFILLS = [
+    Contestant("sdpa"),
+    Contestant("sdpa", "inductor"),
+    Contestant("sdpa", "fxopt"),
+    Contestant("eager", "fxopt"),
+    Contestant("sdpa", "inductor", "max-autotune-no-cudagraphs"),
+]
+DECODES = [Contestant("sdpa"), *(Contestant("sdpa", b, "reduce-overhead") for b in ("inductor", "fxopt"))]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make` gives the model's class and configuration, `bind` what one step is."""
+
+    name: str
+    make: Callable[[bool], tuple[Any, Any]]
+    bind: Callable[[Any, bool], Step]
+    contestants: list[Contestant]
+
+
+def ids(model: Any, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
+
+
+def tokens(batch: int, length: int, *, padded: bool = False, **more: Any) -> Callable[[Any, bool], Step]:
+    """A step over `length` tokens; half the rows end in padding if `padded`."""
+
+    def bind(model: Any, tiny: bool) -> Step:
+        given = ids(model, *((2, 24) if tiny else (batch, length)))
+        mask = torch.ones_like(given)
+        if padded:
+            mask[::2, given.shape[1] * 3 // 5 :] = 0
+        return lambda run: lambda: run(input_ids=given, attention_mask=mask, **more)[0]
+
+    return bind
+
+
+def images(batch: int) -> Callable[[Any, bool], Step]:
+    def bind(model: Any, tiny: bool) -> Step:
+        size = model.config.image_size
+        given = torch.randn(2 if tiny else batch, 3, size, size, device=model.device, dtype=model.dtype)
+        return lambda run: lambda: run(pixel_values=given)[0]
+
+    return bind
+
+
+def shape(model: str, config: str, small: dict[str, Any], **full: Any) -> Callable[[bool], tuple[Any, Any]]:
+    """transformers' classes by name, at full size or with what makes them small."""
+
+    def make(tiny: bool) -> tuple[Any, Any]:
+        import transformers
+
+        return getattr(transformers, model), getattr(transformers, config)(**full | (small if tiny else {}))
+
+    return make
+
+
+DECODER = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "pad_token_id": 0,
+}  # fmt: skip
+NO_HEAD_DIM = {k: v for k, v in DECODER.items() if k != "head_dim"}
+BERT = {
+    k: v for k, v in DECODER.items() if k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+} | {"num_attention_heads": 4}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}
+GEMMA2 = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "vocab_size": 256000,
+}  # fmt: skip
+
+ENCODERS = {
+    "BERT-base, 32 x 512, padded": (
+        shape("BertModel", "BertConfig", BERT),
+        tokens(32, 512, padded=True),
+    ),
+    "GPT-2 medium, 8 x 1024": (
+        shape("GPT2LMHeadModel", "GPT2Config", GPT2, n_embd=1024, n_layer=24, n_head=16),
+        tokens(8, 1024, use_cache=False, logits_to_keep=1),
+    ),
+    "T5-base encoder, 16 x 512": (
+        shape(
+            "T5EncoderModel", "T5Config", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+            d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12,
+        ),
+        tokens(16, 512),
+    ),
+    "Gemma 2 2B shape, 6 layers, 2 x 2048": (
+        shape("Gemma2ForCausalLM", "Gemma2Config", DECODER, num_hidden_layers=6, **GEMMA2),
+        tokens(2, 2048, use_cache=False, logits_to_keep=1),
+    ),
+    "BLOOM-560m, 8 x 1024": (
+        shape(
+            "BloomForCausalLM", "BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128},
+            hidden_size=1024, n_layer=24, n_head=16, vocab_size=250880,
+        ),
+        tokens(8, 1024, use_cache=False, logits_to_keep=1),
+    ),
+    "ViT-B/16, 64 images": (
+        shape("ViTModel", "ViTConfig", {**BERT, "image_size": 32, "patch_size": 8}),
+        images(64),
+    ),
+    "Swin-T, 64 images": (
+        shape(
+            "SwinModel", "SwinConfig",
+            {"image_size": 64, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]},
+            embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
+        ),
+        images(64),
+    ),
+}  # fmt: skip
+
+DECODERS = {
+    "Qwen3 8B shape": shape(
+        "Qwen3ForCausalLM", "Qwen3Config", DECODER, hidden_size=4096, intermediate_size=12288, num_hidden_layers=4,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+    ),
+    "Gemma 2 2B shape": shape("Gemma2ForCausalLM", "Gemma2Config", DECODER, num_hidden_layers=4, **GEMMA2),
+    "Mistral 7B shape": shape(
+        "MistralForCausalLM", "MistralConfig", DECODER, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8, vocab_size=32768, sliding_window=None,
+    ),
+    "Phi-3 mini shape": shape(
+        "Phi3ForCausalLM", "Phi3Config", NO_HEAD_DIM, hidden_size=3072, intermediate_size=8192, num_hidden_layers=4,
+        num_attention_heads=32, num_key_value_heads=32, vocab_size=32064, pad_token_id=0,
+    ),
+    "GPT-2 XL shape": shape("GPT2LMHeadModel", "GPT2Config", GPT2, n_embd=1600, n_layer=4, n_head=25,
+                            n_positions=2048),
+}  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    found = [Case(f"encode {name}", make, bind, BATCHES) for name, (make, bind) in ENCODERS.items()]
+    for name, make in DECODERS.items():
+        found.append(
+            Case(
+                f"decode {name}",
+                make,
+                lambda m, tiny: decode(m, 1, *((64, 17) if tiny else (2048, 513))),
+                DECODES,
+            )
+        )
+        found.append(Case(f"prefill {name}", make, lambda m, tiny: prefill(m, 1, 40 if tiny else 2048), PREFILLS))
+    return found
+
+
+def build(case: Case, tiny: bool) -> Any:
+    kind, config = case.make(tiny)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return kind(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def attend_with(model: Any, attention: str) -> None:
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
+            module.config._attn_implementation = attention
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def work(name: str, tiny: bool, deadline: float, ready: Any, turn: Any, results: Any) -> None:
+    """One model: compile all contestants, say so, wait for the turn, time them."""
+    (case,) = (c for c in all_cases() if c.name == name)
+    torch._dynamo.config.recompile_limit = 64
+    rows: list[dict[str, Any]] = []
+    steps: list[tuple[Contestant, Callable[[], torch.Tensor], dict[str, Any]]] = []
+    reference = None
+    try:
+        with torch.no_grad():
+            model = build(case, tiny)
+            bind = case.bind(model, tiny)
+            for contestant in case.contestants:
+                row: dict[str, Any] = {"case": name, "contestant": str(contestant)}
+                rows.append(row)
+                if time.time() > deadline:
+                    row["failed"] = "no time left"
+                    continue
+                if contestant.attention == "sdpa" and not model._supports_sdpa:
+                    row["failed"] = "not offered"
+                    continue
+                try:
+                    attend_with(model, contestant.attention)
+                    run = model
+                    if contestant.backend is not None:
+                        how = {"mode": contestant.mode} if contestant.mode else {}
+                        run = torch.compile(model, backend=contestant.backend, dynamic=False, **how)
+                    step = bind(run)
+                    start = time.perf_counter()
+                    with fxopt.record() as rec:
+                        out = step()
+                    synchronize()
+                    row["first_call_s"] = round(time.perf_counter() - start, 2)
+                    row["sites"] = sorted({f"{s.fusion}: {s.implementation}" for s in rec.sites})
+                    row["passed_through"] = [g.reason for g in rec.graphs if not g.normalized]
+                    out = out.float().clone()
+                    reference = out if reference is None else reference
+                    row["difference"] = float(f"{((out - reference).norm() / reference.norm()).item():.3g}")
+                    steps.append((contestant, step, row))
+                except Exception as problem:
+                    row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
+            ready.put(name)
+            with turn:
+                for contestant, step, row in steps:
+                    attend_with(model, contestant.attention)
+                    measure(step, row, tiny)
+    except Exception as problem:
+        rows.append({"case": name, "contestant": "", "failed": f"{type(problem).__name__}: {str(problem)[:300]}"})
+        ready.put(name)
+    results.put(rows)
+
+
+def measure(step: Callable[[], torch.Tensor], row: dict[str, Any], tiny: bool) -> None:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        step()
+        row["ms"] = round((time.perf_counter() - start) * 1e3, 3)
+        return
+    step()
+    synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    row["peak_MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    once = milliseconds(step, warmup=1, repeats=3, calls=2)
+    row["ms"] = float(f"{milliseconds(step, warmup=0, repeats=9, calls=max(1, min(20, int(60 / once)))):.4g}")
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown: a line a case, a column a contestant; milliseconds, and how fxopt compares."""
+    rows = report["rows"]
+    names = list(dict.fromkeys(r["contestant"] for r in rows if r["contestant"]))
+    lines = [f"# Models on {report['device']}", "", f"torch {report['torch']}, bfloat16; milliseconds.", ""]
+    lines += [f"| model | {' | '.join(names)} | best other / best fxopt |", "|" + "---|" * (len(names) + 2)]
+    over_written = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        found = {r["contestant"]: r for r in rows if r["case"] == case}
+        ms = {name: row["ms"] for name, row in found.items() if "ms" in row}
+        ours = [t for name, t in ms.items() if name.startswith("fxopt")]
+        others = [t for name, t in ms.items() if not name.startswith("fxopt")]
+        ratio = f"{min(others) / min(ours):.2f}" if ours and others else ""
+        cells = [f"{ms[n]:g}" if n in ms else found.get(n, {}).get("failed", "").split(":")[0] for n in names]
+        lines.append(f"| {case} | {' | '.join(cells)} | {ratio} |")
+        if {"fxopt, eager", "inductor, eager"} <= ms.keys() and case.startswith("encode"):
+            over_written.append(ms["inductor, eager"] / ms["fxopt, eager"])
+    if over_written:
+        mean = statistics.geometric_mean(over_written)
+        lines += ["", f"Inductor / fxopt, attention as written: geometric mean {mean:.3f}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cases", nargs="*", default=[], help="parts of the cases' names")
+    parser.add_argument("--seconds", type=float, default=300.0, help="compile nothing more after so long")
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not given.tiny:
+        parser.error("needs a CUDA device; --tiny runs without one")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    names = [c.name for c in all_cases() if not given.cases or any(w in c.name for w in given.cases)]
+    context = multiprocessing.get_context("spawn")
+    ready, results, turn = context.Queue(), context.Queue(), context.Lock()
+    turn.acquire()
+    deadline = time.time() + given.seconds
+    processes = [
+        context.Process(target=work, args=(name, given.tiny, deadline, ready, turn, results)) for name in names
+    ]
+    for process in processes:
+        process.start()
+    for done in range(len(names)):
+        print(f"{done + 1} of {len(names)} compiled: {ready.get()}, {deadline - time.time():.0f} s left", flush=True)
+    turn.release()
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    for _ in names:
+        report["rows"] += results.get()
+        report["rows"].sort(key=lambda row: names.index(row["case"]))
+        (given.folder / "models.json").write_text(json.dumps(report, indent=1))
+        (given.folder / "models.md").write_text(table(report))
+    for process in processes:
+        process.join()
+    print(table(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()
