@@ -2,7 +2,8 @@
 
 A cast keeps its argument's strides (where the argument is dense), so both are the same tensor. Written this way round,
 permutations on both sides of a cast meet and cancel: autocast casts every K of a spelled-out attention after it was
-transposed.
+transposed. A permuted tensor that is also read as it is (a norm scales x by what it makes of x in float32) stays the
+one value that both come from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from fxopt.graph.query import arguments, faking, is_cast, is_permute, val
+from fxopt.graph.query import arguments, faking, is_cast, is_permute, users, val
 from fxopt.graph.scope import storages
 
 _META = ("stack_trace", "nn_module_stack", "from_node", "seq_nr")
@@ -30,12 +31,16 @@ def casts_first(graph: Graph, written: frozenset[int], cut: frozenset[Node] = fr
             continue
         chain: list[Node] = []
         source = node.args[0]
-        while is_permute(source) and (source in cut) == (node in cut):
+        while is_permute(source) and (source in cut) == (node in cut) and all(map(_moves, users(source))):
             chain.append(source)
             source = source.args[0]
         if chain and _move(graph, node, source, chain):
             moved += 1
     return moved
+
+
+def _moves(user: Node) -> bool:
+    return is_cast(user) or is_permute(user)
 
 
 def _move(graph: Graph, node: Node, source: Node, chain: list[Node]) -> bool:

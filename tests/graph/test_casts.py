@@ -40,3 +40,11 @@ def test_a_cast_stays(captured, program):
     found = order(captured, program, x)
     assert found[0] == aten.transpose.int
     assert aten.to.dtype in found or found == [aten.transpose.int]
+
+
+def test_what_is_also_read_uncast_stays_one_value(captured):
+    def program(x):
+        turned = x.transpose(0, 1)
+        return turned * turned.to(torch.float64)
+
+    assert order(captured, program, x) == [aten.transpose.int, aten.to.dtype]

@@ -308,6 +308,14 @@ def test_a_weight_of_one_element_for_rows_of_one(compiled):
     assert rec.graphs[0].steps[0].tags["weight"] == "plain"
 
 
+def test_the_norm_of_a_transposed_tensor_in_bfloat16(compiled):
+    def program(x):
+        heads = x.view(2, 5, 4, 16).transpose(1, 2)
+        return heads * torch.rsqrt(heads.float().square().mean(-1, keepdim=True) + 1e-6).to(heads.dtype)
+
+    check(compiled, program, randn(2, 5, 64, dtype=torch.bfloat16))
+
+
 def test_norm_used_with_two_weights_is_fused_without(compiled):
     def program(x, w, v):
         n = norm(x)
