@@ -153,6 +153,29 @@ def test_refused(compiled, case):
     assert any(reason in text for _, text in misses(rec)), misses(rec)
 
 
+@pytest.mark.parametrize("width, sites", [(2, 0), (3, 0), (4, 1)])
+def test_short_rows_keep_their_spelling_in_training(without_inductor, width, sites):
+    """Where two elements are nearly equal, a fused gradient has several times the rounding error of the spelled one."""
+
+    def gradient(program, x):
+        x = x.clone().requires_grad_()
+        program(x).backward(cotangent.to(x.dtype))
+        return x.grad
+
+    x, cotangent = randn(400, width), randn(400, width)
+    exact = gradient(spelled, x.double())
+    with fxopt.record() as rec:
+        actual = gradient(torch.compile(spelled, backend="fxopt"), x)
+    assert rec.counts() == ({"layer_norm": sites} if sites else {}), misses(rec)
+    own = (gradient(spelled, x) - exact).abs().max()
+    assert (actual - exact).abs().max() <= 2 * own + torch.finfo(x.dtype).eps
+    if not sites:
+        assert any(f"rows of {width}" in reason for _, reason in misses(rec))
+    with torch.no_grad(), fxopt.record() as rec:
+        torch.compile(spelled, backend="fxopt")(x)
+    assert rec.counts() == {"layer_norm": 1}
+
+
 def test_result_wider_than_x_is_refused(compiled):
     args = randn(2, 16, dtype=torch.bfloat16), randn(16), randn(16)
     rec = check(compiled, lambda x, w, b: spelled(x.float()) * w + b, *args, sites=0)
