@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from fxopt.graph import autocast
 from fxopt.graph.higher_order import BODY_UNDER, is_opaque, is_region, record
 from fxopt.graph.query import storage, written_arguments
+from fxopt.graph.replay import Replay
 from fxopt.graph.symbols import same_shape
 
 
@@ -116,6 +117,7 @@ class _Retracer(autocast.Obeying):
         super().__init__(module)
         self.mode = mode
         self.explicit = autocast.Explicit(module)
+        self.replay = Replay()
 
     def run_node(self, n: Node) -> Any:
         self.node = n
@@ -132,9 +134,14 @@ class _Retracer(autocast.Obeying):
         if target is _GET_DATA and not torch.is_grad_enabled():
             # Without gradients `x.data` is `x.detach()`, which a trace can see. With them the trace is discarded.
             return args[0].detach()
-        if isinstance(target, torch._ops.OpOverload):
+        if autocast.UNDER in self.node.meta and isinstance(target, torch._ops.OpOverload):
             return self.explicit.call(self.node, target, args, kwargs)
-        return super().call_function(target, args, kwargs)
+        call = super().call_function
+        return self.replay(lambda: call(target, args, kwargs), target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = super().call_method
+        return self.replay(lambda: call(target, args, kwargs), target, args, kwargs)
 
 
 _GET_DATA = getattr(torch._C._autograd, "_get_data_attr", object())
