@@ -142,6 +142,7 @@ class FusedOp:
     drawn: Callable[..., tuple[Any, ...]] | None = None
     _library: Any = None
     _signature: str = ""  # the schema from its first parenthesis on
+    _defaults: tuple[Any, ...] = ()  # of all parameters, in order
     _fake: Callable[..., Any] | None = None
     _gradient: Callable[..., Any] | None = None
 
@@ -264,12 +265,10 @@ class FusedOp:
 
         A configurable one has a keyword more than the op: the configuration, as `spelled`.
         """
-        parameters = inspect.signature(self.reference).parameters.values()
-        defaults = tuple(p.default for p in parameters)
 
         def call(*args: Any, config: str = "") -> Any:
             given = {"config": parsed(config)} if config else {}
-            return run(*args, *defaults[len(args) :], **given)  # the dispatcher drops trailing defaults
+            return run(*self._filled(args), **given)
 
         known = getattr(getattr(torch.ops, NAMESPACE), self.name, None)
         name, signature = f"{self.name}.{overload_name}", self._signature
@@ -287,13 +286,17 @@ class FusedOp:
         _OPS[overload] = self
         return overload
 
+    def _filled(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All arguments: the dispatcher drops trailing ones that are the defaults."""
+        return (*args, *self._defaults[len(args) :])
+
     def _register_fake(self, overload: torch._ops.OpOverload) -> None:
         fake = self._fake
         if fake is None:
             return
 
         def call(*args: Any, config: str = "") -> Any:
-            return fake(*args)
+            return fake(*self._filled(args))
 
         torch.library.register_fake(_qualified(overload), call, lib=self._library, allow_override=True)
 
@@ -377,8 +380,9 @@ def fused_op(
         code = digest(file for file in files if file != Path(__file__).resolve()) if files else version
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
         op = FusedOp(
-            name, reference, contiguous=contiguous, sources=files, code=code, _library=library, _signature=f"({rest}"
-        )
+            name, reference, contiguous=contiguous, sources=files, code=code, _library=library, _signature=f"({rest}",
+            _defaults=tuple(p.default for p in inspect.signature(reference).parameters.values()),
+        )  # fmt: skip
         op.overload = op._define(f"v{version}", op._execute)
         op.__doc__ = reference.__doc__
         return op

@@ -110,6 +110,15 @@ def test_opcheck_and_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w, b, r: small_linear(x, w, b, r, "silu", None, 1e-5), (x, w, b, r))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_not_given_need_not_be(device):
+    x, weight = torch.randn(3, 8, device=device), torch.randn(5, 8, device=device)
+    result = small_linear(x, weight)
+    assert result.shape == (3, 5)
+    if device == "cpu":
+        torch.testing.assert_close(result, torch.nn.functional.linear(x, weight))
+
+
 def test_the_activation_must_be_known():
     with pytest.raises(ValueError, match="no activation is called 'swish'; there are silu"):
         small_linear.reference(torch.randn(2, 3), torch.randn(4, 3), activation="swish")
