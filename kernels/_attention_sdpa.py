@@ -85,10 +85,12 @@ def within_bounds(first: Tensor | None, last: Tensor | None, keys: int) -> Tenso
 
 
 def spread(bias: Tensor, rows: int, keys: int) -> Tensor:
-    """A bias by key [.., .., 1, N] or by distance [.., .., M + N - 1] as one that is added to scores [B, Hq, M, N]."""
+    """A bias by key [.., .., 1, N], by distance [.., .., M + N - 1] or a slope [.., ..] as one for every score."""
     if bias.dim() == 4:
         return bias
     row, key = torch.arange(rows, device=bias.device), torch.arange(keys, device=bias.device)
+    if bias.dim() == 2:
+        return bias[..., None, None] * (key - row[:, None])
     return bias[..., key + (rows - 1 - row)[:, None]]
 
 

@@ -23,6 +23,7 @@ from fxopt.kernels._flash_decode import decode, few
 from fxopt.kernels._flash_parts import (
     BY_DISTANCE,
     BY_KEY,
+    SLOPE,
     UNIFORM,
     ZERO,
     Operands,
@@ -30,6 +31,7 @@ from fxopt.kernels._flash_parts import (
     _divide,
     _start,
     _step,
+    _times_distance,
     _whose,
     batch_inner,
     example_signature,
@@ -46,6 +48,17 @@ from fxopt.ops import Config
 CONFIGS = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2))
 #: keys, warps and stages of the kernel for few rows
 DECODE_CONFIGS = ((32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 2))
+
+
+@jit
+def _sloped(slope, row, base, column, start, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """slope · (j - i) of a tile. Unless WHOLE it counts from the row `base`: the softmax does not see what is the same
+    for a row, and one number a key is added in the multiply-add that scales the scores."""
+    if WHOLE:
+        result = _times_distance(slope, row[:, None], column[None, :], start)
+    else:
+        result = tl.fma(column.to(tl.float32), slope, tl.cast(start - base, tl.float32) * slope)[None, :]
+    return result
 
 
 @jit
@@ -82,6 +95,11 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     mask_tile = mask + batch * m_batch + head * m_head + (wide_row * m_row)[:, None] + (column * m_key)[None, :]
     factor_tile = factor + batch * f_batch + head * f_head + (wide_row * f_row)[:, None] + (column * f_key)[None, :]
     bias += batch * b_batch + head * b_head
+    # Sinks and statistics see what is the same for a row; float32 is worth the exact distance.
+    WHOLE: tl.constexpr = (STATS or SINK) or (q.dtype.element_ty == tl.float32)
+    slope = 0.0
+    if BIAS == 3:
+        slope = tl.load(bias).to(tl.float32)
     real_row = tl.minimum(row, rows - 1)
     top, weight = _start(sink, batch * s_batch + head * s_head + wide_row * s_row, row < rows, SINK, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -133,6 +151,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             biases = tl.load(bias + ((start + column)[None, :] - real_row[:, None]))
         if BIAS == 2:
             biases = tl.load(bias + start + column)[None, :]
+        if BIAS == 3:
+            biases = _sloped(slope, row, tile * BLOCK_M, column, start, WHOLE)
         top, weight, acc = _step(
             q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, in_rows,
             from_key, to_key, row, top, weight, acc, INNER_MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, False,
@@ -158,6 +178,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             biases = tl.load(bias + ((start + column)[None, :] - real_row[:, None]), mask=live, other=0.0)
         if BIAS == 2:
             biases = tl.load(bias + start + column, mask=column < keys - start, other=0.0)[None, :]
+        if BIAS == 3:
+            biases = _sloped(slope, row, tile * BLOCK_M, column, start, WHOLE)
         top, weight, acc = _step(
             q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, live,
             from_key, to_key, row, top, weight, acc, MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, False, True,
@@ -306,6 +328,11 @@ COMPILE_EXAMPLES = (
     _example("prefill with a bias by key, padded, 64", "fp16", "u8", 64, BIAS=BY_KEY, LAST=True, EMPTY=UNIFORM),
     _example("prefill with a bias by key, causal, 128", "bf16", None, 128, BIAS=BY_KEY, IS_CAUSAL=True),
     _example("prefill with a bias, 64, float32", "fp32", None, 64, BIAS=BY_DISTANCE),
+    _example("prefill with a slope, causal, 128", "bf16", None, 128, BIAS=SLOPE, IS_CAUSAL=True),
+    _example("prefill with a slope, causal, 64", "fp16", None, 64, BIAS=SLOPE, IS_CAUSAL=True),
+    _example("prefill with a slope and a sink, padded, 64", "bf16", "u8", 64, BIAS=SLOPE, SINK=True, TILES=True),
+    _example("prefill with a slope, 64, float32", "fp32", None, 64, BIAS=SLOPE),
+    _example("prefill with a slope, training, 128", "bf16", None, 128, BIAS=SLOPE, IS_CAUSAL=True, STATS=True),
     _example("prefill in a window, 128", "bf16", None, 128, FIRST=True, LAST=True, EMPTY=ZERO),
     _example("prefill in a window with a soft cap, 256", "bf16", None, 256, FIRST=True, LAST=True, CAP=2),
     _example("prefill up to a bound, padded, 128", "bf16", "u8", 128, LAST=True, EMPTY=UNIFORM),

@@ -26,10 +26,12 @@ from fxopt.kernels._flash import prefill
 from fxopt.kernels._flash_parts import (
     BY_DISTANCE,
     BY_KEY,
+    SLOPE,
     UNIFORM,
     ZERO,
     _bound,
     _tanh,
+    _times_distance,
     at_zero,
     example_signature,
     example_values,
@@ -107,7 +109,7 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M rows of one head. DMASK: dS is added to the mask's gradient, for 2 summed over the rows first; so
-    with DBIAS, for a bias by distance (1) and by key (2)."""
+    with DBIAS, for a bias by distance (1) and by key (2); for a slope (3) the sum of all dS · distance is."""
     tile = tl.program_id(1)
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -131,6 +133,10 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
     factor_tile = factor + batch * f_batch + head * f_head + (wide_row * f_row)[:, None] + (column * f_key)[None, :]
     bias += batch * b_batch + head * b_head
     dbias += batch * db_batch + head * db_head
+    tilt = 0.0
+    if BIAS == 3:
+        tilt = tl.load(bias).to(tl.float32)
+    of_tilt = tl.zeros([BLOCK_M], tl.float32)
     last_row_there = tl.minimum(row, rows - 1)
     from_key = _bound(first + batch * first_batch + head * first_head, last_row_there, rows, first_row, 0, FIRST)
     to_key = _bound(last + batch * last_batch + head * last_head, last_row_there, rows, last_row, keys - 1, LAST)
@@ -166,6 +172,8 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
             biases = tl.load(bias + ((start + column)[None, :] - row[:, None]), mask=live, other=0.0)
         if BIAS == 2:
             biases = tl.load(bias + start + column, mask=in_keys, other=0.0)[None, :]
+        if BIAS == 3:
+            biases = _times_distance(tilt, row[:, None], column[None, :], start)
         u = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         p, slope = _weights(
             u, entries, factors, biases, row[:, None], (start + column)[None, :], from_key[:, None], to_key[:, None],
@@ -182,6 +190,8 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
             tl.atomic_add(dbias + ((start + column)[None, :] - row[:, None]), ds, mask=live)
         if DBIAS == 2:
             tl.atomic_add(dbias + start + column, tl.sum(ds, 0), mask=in_keys)
+        if DBIAS == 3:
+            of_tilt += tl.sum(tl.where(live, ds, 0.0) * _times_distance(1.0, row[:, None], column[None, :], start), 1)
         du = ds * slope
         if DFACTOR:
             of_factor = dfactor + batch * df_batch + head * df_head + (wide_row * df_row)[:, None] + at * df_key
@@ -189,6 +199,8 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
         if FACTOR:
             du = du * factors.to(tl.float32)
         acc += tl.dot(du.to(k_tile.dtype), k_tile, input_precision="ieee")
+    if DBIAS == 3:
+        tl.atomic_add(dbias, tl.sum(of_tilt, 0))
     tl.store(
         dq + place[:, None] * D + depth[None, :], (acc * scale).to(dq.dtype.element_ty),
         mask=in_rows & (depth < D)[None, :],
@@ -278,6 +290,8 @@ def _dkv_kernel(  # type: ignore[no-untyped-def]
                 biases = tl.load(bias_at + (key[:, None] - row[None, :]), mask=live, other=0.0)
             if BIAS == 2:
                 biases = tl.load(bias_at + key, mask=key < keys, other=0.0)[:, None]
+            if BIAS == 3:
+                biases = _times_distance(tl.load(bias_at).to(tl.float32), row[None, :], key[:, None], 0)
             u = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
             p, slope = _weights(
                 u, entries, factors, biases, row[None, :], key[:, None], from_key[None, :], to_key[None, :], live,
@@ -406,11 +420,12 @@ COMPILE_EXAMPLES = (
             ("in a window with a soft cap, 256", "bf16", None, 256, {"FIRST": True, "LAST": True, "CAP": 2}),
             ("with a mask, 64, float32", "fp32", "fp32", 64, {}),
             ("with a bias, causal, 64", "bf16", None, 64, {"BIAS": BY_DISTANCE, "IS_CAUSAL": True}),
+            ("with a slope, causal, 128", "bf16", None, 128, {"BIAS": SLOPE, "IS_CAUSAL": True}),
         )
     ),
     _example("dq, with a learned bias, 64", _dq_kernel, "bf16", "bf16", 64, DMASK=1),
     *(_example(f"dq, with a learned bias {name}, 64", _dq_kernel, "bf16", None, 64, BIAS=by, DBIAS=by)
-      for name, by in (("by distance", BY_DISTANCE), ("by key", BY_KEY))),
+      for name, by in (("by distance", BY_DISTANCE), ("by key", BY_KEY), ("that is a slope", SLOPE))),
     _example("dq, with a bias for all rows and a factor, 64", _dq_kernel, "bf16", "bf16", 64, DMASK=2, FACTOR=True,
              DFACTOR=True),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from fxopt.kernels import _triton
 from fxopt.kernels._flash_parts import (
     BY_DISTANCE,
+    SLOPE,
     UNIFORM,
     ZERO,
     Operands,
@@ -23,6 +24,7 @@ from fxopt.kernels._flash_parts import (
     _divide,
     _start,
     _step,
+    _times_distance,
     _visible,
     example_signature,
     example_values,
@@ -78,6 +80,9 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     wide_row = row.to(tl.int64)
     mask_tile = mask + batch * m_batch + (head * m_head + wide_row * m_row)[:, None] + (column * m_key)[None, :]
     factor_tile = factor + batch * f_batch + (head * f_head + wide_row * f_row)[:, None] + (column * f_key)[None, :]
+    slopes = tl.zeros([BLOCK_R], tl.float32)
+    if BIAS == 3:
+        slopes = tl.load(bias + batch * b_batch + head * b_head, mask=there, other=0.0).to(tl.float32)
     bias_tile = bias + batch * b_batch + (head * b_head - (wide_row if BIAS == 1 else 0))[:, None] + column[None, :]
     # Once, in the first split: the sink counts as one score.
     has_sink = there & (split == 0)
@@ -132,7 +137,9 @@ def _split_kernel(  # type: ignore[no-untyped-def]
             biases = live
             if FACTOR:
                 factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=live, other=0.0)
-            if BIAS != 0:
+            if BIAS == 3:
+                biases = _times_distance(slopes[:, None], row[:, None], column[None, :], start)
+            elif BIAS != 0:
                 biases = tl.load(bias_tile + start, mask=live, other=0.0)
             top, weight, acc = _step(
                 q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, live,
@@ -239,6 +246,7 @@ COMPILE_EXAMPLES = (
     _example("decode with a sink in a static cache, 64", "bf16", "bf16", 64, SINK=True),
     _example("decode with a factor, 64", "fp16", "fp16", 64, FACTOR=True),
     _example("decode of 8 rows with a bias by distance, 64", "bf16", None, 64, BIAS=BY_DISTANCE, LAST=True, EMPTY=ZERO),
+    _example("decode of 8 rows with a slope, 64", "bf16", None, 64, BIAS=SLOPE, LAST=True, EMPTY=ZERO),
     _example("decode up to a bound, 128", "bf16", None, 128, LAST=True, EMPTY=ZERO),
     _example("decode in a window, padded, 128", "bf16", "u8", 128, FIRST=True, LAST=True, EMPTY=UNIFORM),
     CompileExample(

@@ -27,8 +27,8 @@ from fxopt.kernels import _triton
 from fxopt.kernels._triton import jit, tl
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
-#: what a bias has a number for
-BY_DISTANCE, BY_KEY = 1, 2
+#: what a bias has a number for; a slope is one number, times the distance
+BY_DISTANCE, BY_KEY, SLOPE = 1, 2, 3
 MASK_KINDS = {None: NO_MASK, "u8": BOOL_MASK, "fp16": FLOAT_MASK, "bf16": FLOAT_MASK, "fp32": FLOAT_MASK}
 
 #: the widest heads that the kernels serve
@@ -76,6 +76,12 @@ def _bound(x, row, rows, stride, other, GIVEN: tl.constexpr):  # type: ignore[no
         bound = tl.minimum(tl.maximum(bound, -1), 2147483646)  # farther out they all mean the same
         result = tl.where(row < rows, bound.to(tl.int32), other)
     return result
+
+
+@jit
+def _times_distance(slope, row, key, start):  # type: ignore[no-untyped-def]
+    """slope · (start + key - row): an exact difference, and one product that is added to the scores in one rounding."""
+    return ((key.to(tl.float32) + tl.cast(start, tl.float32)) - row.to(tl.float32)) * slope
 
 
 @jit
@@ -263,8 +269,8 @@ def operands(
     factor = None if factor is None else _single(factor).expand(shape)
     by = 0
     if bias is not None:
-        by = BY_KEY if bias.dim() == 4 else BY_DISTANCE
-        bias = at_zero(_dense(_single(bias)), by, shape)
+        by = {4: BY_KEY, 3: BY_DISTANCE, 2: SLOPE}[bias.dim()]
+        bias = at_zero(_single(bias) if by == SLOPE else _dense(_single(bias)), by, shape)
     sink = None if sink is None else _single(sink).expand(*shape[:3], 1)
     first, last = (None if t is None else t.expand(shape[:3]) for t in (first, last))
     # A float mask that leaves a row empty says itself what it is, and beside a sink none is.
@@ -301,6 +307,8 @@ def batch_inner(given: Operands) -> bool:
 
 def at_zero(bias: Tensor, by: int, shape: tuple[int, int, int, int]) -> Tensor:
     """[B, Hq, ...] of a bias, for scores of `shape`: from its first key on, or distance 0, to be read around it."""
+    if by == SLOPE:
+        return bias.expand(shape[:2])
     if by == BY_KEY:
         return bias[:, :, 0].expand(*shape[:2], shape[3])
     return bias.expand(*shape[:2], bias.shape[-1])[..., shape[2] - 1 :]

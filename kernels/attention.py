@@ -10,8 +10,9 @@ On the way to the softmax scores may be multiplied by a tensor, capped softly (G
 
     s = scale · q kᵀ · factor;  s = c · tanh(s / c);  s = s + mask;  weights = softmax([s, sink])[:N]
 
-A bias that depends on the distance of key and row only (T5's relative positions, ALiBi), or only on the key, is given
-as the M + N - 1 or N numbers that it holds: `bias`. Neither a kernel nor what calls it makes M x N numbers of them.
+A bias that depends on the distance of key and row only (T5's relative positions), or only on the key, is given as the
+M + N - 1 or N numbers that it holds, one that is a multiple of the distance (ALiBi) as that one number: `bias`. Neither
+a kernel nor what calls it makes M x N numbers of them.
 
 A row's keys may be bounded: `first` and `last`, one number a row, say what causality with an offset, sliding windows,
 chunks, caches that are filled in part and packed sequences say, without a mask of M x N elements.
@@ -85,8 +86,8 @@ def attention(
     `factor` (broadcasts to [B, Hq, M, N]) multiplies the scaled scores and `softcap` keeps them within +-softcap, both
     before the mask. `bias` is a float that is added before the mask, finite where `empty_rows` is "uniform": with four
     dimensions, [B or 1, Hq or 1, 1, N], a number for each key; with three, [B or 1, Hq or 1, M + N - 1], a number for
-    each distance of key j and row i, that at j - i + M - 1. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key
-    that takes weight and has no value.
+    each distance of key j and row i, that at j - i + M - 1; with two, [B or 1, Hq or 1], a slope, which is multiplied
+    by j - i. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key that takes weight and has no value.
     """
     dtypes = [t.dtype for t in (q, k, v, mask, sink, factor, bias) if t is not None]
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -152,12 +153,13 @@ def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     """The one place that says where the Triton kernels are preferred: for few rows over many keys, and where SDPA
     can't help, would need the bounds of many rows as a mask, or the sink as a key, which costs a copy of K and V, half
     a tile of width and a mask. A bias alone is no reason: T5-base's encoder, 16 times 512 tokens, takes SDPA 0.07 ms on
-    an H200 with the bias spread out, and the kernel 0.28 with the table."""
-    _, _, _, softcap, sink, factor, first, last, _ = rest
+    an H200 with the bias spread out, and the kernel 0.28 with the table. A slope is one: it is not read, and SDPA would
+    need it spread out."""
+    _, _, _, softcap, sink, factor, first, last, bias = rest
     bounded = first is not None or last is not None
     if _beyond_sdpa(softcap, factor) is not None or sink is not None:  # type: ignore[arg-type]
         return None
-    if bounded and _many(q, k):
+    if (bounded or _slopes(q, mask, bias)) and _many(q, k):  # type: ignore[arg-type]
         return None
     if not target.compiled:
         return "op by op, SDPA's launch costs the host less"
@@ -169,6 +171,13 @@ def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     if not known_true(k.shape[2] >= DECODE_KEYS):
         return f"SDPA is as fast for fewer than {DECODE_KEYS} keys"
     return None
+
+
+def _slopes(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a bias is computed and, beside it, nothing of M x N elements read, in half precision."""
+    if bias is None or bias.dim() != 2 or q.dtype.itemsize != 2:
+        return False
+    return mask is None or mask.dim() < 2 or known_equal(mask.shape[-2], 1)
 
 
 def is_large(rows: Dim, keys: Dim) -> bool:

@@ -218,11 +218,13 @@ def _summed(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _gathered(gradient: Tensor, bias: Tensor) -> Tensor:
-    """A gradient of what was added to the scores [B, Hq, M, N], as that of a bias by key or by distance."""
+    """A gradient of what was added to the scores [B, Hq, M, N], as that of a bias by key, by distance or a slope."""
     rows, keys = gradient.shape[2:]
     if bias.dim() == 4:
         return gradient.sum_to_size(bias.shape).to(bias.dtype)
     row, key = torch.arange(rows, device=bias.device), torch.arange(keys, device=bias.device)
+    if bias.dim() == 2:
+        return (gradient * (key - row[:, None])).sum((2, 3)).sum_to_size(bias.shape).to(bias.dtype)
     distance = (key + (rows - 1 - row)[:, None]).flatten()
     sums = gradient.new_zeros(*gradient.shape[:2], bias.shape[-1]).index_add(-1, distance, gradient.flatten(2))
     return sums.sum_to_size(bias.shape).to(bias.dtype)

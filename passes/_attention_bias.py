@@ -2,6 +2,7 @@
 
     bias(b, h, j - i)   ->   [bias(b, h, i at j = 0) for i = M - 1 ... 1] + [bias(b, h, j at i = 0) for j = 0 ... N - 1]
     bias(b, h, j)       ->   itself, with one row
+    slope(b, h) · (j - i)   ->   slope, and no table: the kernels multiply (`masks.linear`)
 
 The model's own expression is evaluated along the first column and the first row, so nothing of M x N elements is made.
 That it is the same along diagonals is proved by moving row and key by one (`MaskProgram.bias_depends`), never guessed.
@@ -25,6 +26,7 @@ from fxopt.graph.symbols import Dim, known_equal
 from fxopt.match.masks import MaskProgram, addends, read_mask
 from fxopt.match.masks.conditions import TRUE
 from fxopt.match.masks.forms import Coordinate, Form, integer
+from fxopt.match.masks.linear import line
 from fxopt.match.masks.magnitude import WEIGHT, is_moderate
 from fxopt.match.masks.values import Cases, replaced
 from fxopt.match.match import Match
@@ -38,7 +40,10 @@ MOST_SCALE = 1e3
 
 @dataclass(frozen=True)
 class Bias:
-    """What live positions of a mask hold: `value`, by distance or by key. `own`: the mask itself holds just that."""
+    """What live positions of a mask hold: `value`, by distance or by key. `own`: the mask itself holds just that.
+
+    `slope`: it is as good as slope · (j - i).
+    """
 
     step: Placed
     value: Cases
@@ -46,6 +51,7 @@ class Bias:
     depends: frozenset[str]
     own: bool
     moderate: bool
+    slope: Cases | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,18 +66,41 @@ class Bias:
         return getattr(self.step.instruction, "alpha", 1)
 
 
-def read_bias(step: Placed, program: MaskProgram, sizes: Sequence[Dim]) -> Bias | None:
-    """The bias that a mask's program holds; None if it depends on rows and keys in another way."""
+def read_bias(
+    step: Placed, program: MaskProgram, sizes: Sequence[Dim], *, tables: bool = True, slopes: bool = False, sink: bool
+) -> Bias | None:
+    """The bias that a mask's program holds; None if it depends on rows and keys in another way.
+
+    With `slopes` a slope times the distance is one, with `tables` all others are. Beside a `sink` what is the same for
+    all keys of a row counts.
+    """
     assert program.bias is not None
     depends = program.bias_depends
     if "i" in depends or not isinstance(program.coordinates[KEYS].atom, Coordinate):
         return None
-    own = program.live is TRUE and "j-i" not in depends and known_equal(placed_shape(step)[ROWS], 1)
+    slope = _slope(step, program, sizes, sink) if slopes else None
+    if slope is None and not tables:
+        return None
+    own = slope is None and program.live is TRUE and "j-i" not in depends and known_equal(placed_shape(step)[ROWS], 1)
     alpha = getattr(step.instruction, "alpha", 1)
     if not own and not known_equal(alpha, 1):
         return None
     moderate = is_moderate(program.bias, max(1.0, abs(alpha)) if isinstance(alpha, (int, float)) else WEIGHT)
-    return Bias(step, program.bias, "j-i" in depends, depends, own, moderate)
+    return Bias(step, program.bias, slope is None and "j-i" in depends, depends, own, moderate, slope)
+
+
+def _slope(step: Placed, program: MaskProgram, sizes: Sequence[Dim], sink: bool) -> Cases | None:
+    """The slope of a bias that is one times j - i, but for what rows have in common.
+
+    What is dropped must not have kept numbers small: of as many keys as rows the distance is no larger than the key.
+    """
+    assert program.bias is not None
+    if not known_equal(getattr(step.instruction, "alpha", 1), 1):
+        return None
+    found = line(program.bias, program.coordinates)
+    if found is None or not (found.by_distance or (found.by_key and not sink and known_equal(*sizes[ROWS:]))):
+        return None
+    return found.slope
 
 
 def split(steps: Sequence[Placed]) -> tuple[tuple[Placed, ...], tuple[Placed, ...]]:
@@ -106,7 +135,7 @@ def is_bias(steps: Sequence[Placed], scope: Scope, sizes: Sequence[Dim], at: Nod
             program = read_mask(step.tensor, scope, sizes, at=at, moves=step.moves)
             if not isinstance(program, MaskProgram) or program.live is not TRUE or program.bias is None:
                 return False
-            found = read_bias(step, program, sizes)
+            found = read_bias(step, program, sizes, sink=True)
             if found is None or not found.own or not found.moderate:
                 return False
         elif not isinstance(instruction, Cast):
@@ -130,11 +159,12 @@ def make_bias(
     """
     call, already = match.call, len(match.made)
 
-    def whole(value: Cases, bias: Bias, along: int) -> Node:
-        """[B or 1, Hq or 1, M, 1] or [.., .., 1, N] of a value that varies along one of rows and keys."""
+    def whole(value: Cases, bias: Bias, along: int | None = None) -> Node:
+        """[B or 1, Hq or 1, M, 1] or [.., .., 1, N] of a value that varies along one of rows and keys, or neither."""
         shape = [size(d) if name in bias.depends else 1 for d, name in ((BATCH, "b"), (HEADS, "h"))]
         shape += [size(d) if d == along else 1 for d in (ROWS, KEYS)]
-        return call(aten.expand.default, insert(value, bias.dtype), shape)
+        wide = torch.promote_types(bias.dtype, torch.float32) if along is None else bias.dtype
+        return call(aten.expand.default, insert(value, wide), shape)
 
     total: Node | None = None
     parts: list[Node] = []
@@ -147,6 +177,9 @@ def make_bias(
             assert bias.step.tensor is not None
             part = _four_dims(match, emit(match, bias.step.tensor, bias.step.moves, sources))
             parts.append(part if known_equal(bias.alpha, 1) else call(aten.mul.Tensor, part, bias.alpha))
+        elif bias.slope is not None:
+            one = whole(bias.slope, bias)
+            parts.append(call(aten.squeeze.dim, call(aten.squeeze.dim, one, KEYS), ROWS))
         elif bias.by_distance:
             row, key = (_at_first(bias.value, coordinates[d]) for d in (KEYS, ROWS))
             behind = call(aten.flip.default, call(aten.squeeze.dim, whole(row, bias, ROWS), KEYS), [2])

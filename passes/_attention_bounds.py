@@ -4,7 +4,7 @@
     lower(i) <= j <= upper(i)             first, last: one number a row (windows, chunks, offsets, lengths of caches)
     segment(i) = segment(j), sorted       first and last of the segment's keys, by bisection
     anything else                         a boolean mask, in as few dimensions as it depends on
-    a bias by distance, or by key         a table, or a vector (`_attention_bias`)
+    a bias by distance, or by key         a slope, a table, or a vector (`_attention_bias`)
 
 A mask that adds 0 or a hard value is as good as the boolean mask of what it leaves live, unless a row may have no live
 key: then -inf and a finite number differ, and a finite one is only told apart from others' where it is the only mask
@@ -69,7 +69,7 @@ class Bounds:
         for form in self._forms():
             atoms |= form.atoms
         for bias in self.biases:
-            atoms |= frozenset() if bias.own else value_atoms(bias.value)
+            atoms |= frozenset() if bias.own else value_atoms(bias.slope or bias.value)
         read = dict.fromkeys(read.node for read in elements(atoms))
         again = self.numbered
         return list(dict.fromkeys(n for node in read for n in (node.all_input_nodes if node in again else [node])))
@@ -140,32 +140,44 @@ def read_bounds(
     *,
     everywhere: bool,
     tables: bool = False,
+    slopes: bool = False,
     learned: bool = True,
 ) -> Bounds | None:
     """The bounds that the plan's masks amount to, or None where they say no more than the masks themselves.
 
     `at` is the node before which they will be computed. Unless `everywhere`, only causality and masks that take nothing
     out are looked for: what needs neither first nor last. With `tables` biases are read too, unless gradients flow to
-    them and they may not be `learned`.
+    them and they may not be `learned`; with `slopes` those that are a slope times the distance, if none flow to them.
     """
-    if tables and not learned and any(s.tensor is not None and needs_gradient(s.tensor) for s in arranged.mask):
-        tables = False
-    if tables and (parts := apart(arranged.mask, sizes)) != arranged.mask:
-        whole = replace(arranged, mask=parts)
-        found = _read_bounds(whole, scope, sizes, at, empty_rows, everywhere=everywhere, tables=True)
+    if torch.is_grad_enabled() and any(s.tensor is not None and needs_gradient(s.tensor) for s in arranged.mask):
+        tables, slopes = tables and learned, False
+    wanted = _Wanted(everywhere, tables, slopes)
+    if (tables or slopes) and (parts := apart(arranged.mask, sizes)) != arranged.mask:
+        found = _read_bounds(replace(arranged, mask=parts), scope, sizes, at, empty_rows, wanted)
         if found is not None and not found.plan.mask:
             return found
-    return _read_bounds(arranged, scope, sizes, at, empty_rows, everywhere=everywhere, tables=tables)
+    return _read_bounds(arranged, scope, sizes, at, empty_rows, wanted)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is looked for: bounds of rows, biases by distance or key, slopes."""
+
+    everywhere: bool
+    tables: bool
+    slopes: bool
 
 
 def _read_bounds(
-    arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node, empty_rows: str, *, everywhere: bool, tables: bool
+    arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node, empty_rows: str, wanted: _Wanted
 ) -> Bounds | None:
     before, steps = split(arranged.mask)
     masks = [step for step in steps if isinstance(step.instruction, (Add, Fill))]
-    if not masks or (before and not (tables and is_bias(before, scope, sizes, at))):
+    if not masks or (before and not (wanted.tables and is_bias(before, scope, sizes, at))):
         return None
-    found = [_read(step, arranged, scope, sizes, at, tables=tables) for step in masks]
+    found = [_read(step, arranged, scope, sizes, at, wanted) for step in masks]
+    if wanted.slopes and (before or sum(r is not None and r.bias is not None for r in found) > 1):
+        return _read_bounds(arranged, scope, sizes, at, empty_rows, replace(wanted, slopes=False))  # of one kind
     read = [r for r in found if r is not None and _counts(r, found, masks, arranged, before)]
     by_distance = any(r.bias.by_distance for r in read if r.bias is not None)
     if by_distance:  # what is by key stays a mask then
@@ -209,11 +221,11 @@ def _read_bounds(
         if causal and arranged.sink is None:
             return replace(result, upper=None, plan=replace(left, is_causal=True))
     bounded = result.lower is not None or result.upper is not None or bool(segments)
-    return result if (bounded or result.biases or before) and (everywhere or tables) else None
+    return result if result.biases or before or (bounded and (wanted.everywhere or wanted.tables)) else None
 
 
-def _read(step: Placed, arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node, *, tables: bool) -> _Read | None:
-    """A mask that takes positions out and with `tables` adds a bias, read; None if it does more, or is not known."""
+def _read(step: Placed, arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: Node, wanted: _Wanted) -> _Read | None:
+    """A mask that takes positions out and adds a bias that is wanted, read; None if it does more, or is not known."""
     instruction = step.instruction
     tensor = step.tensor
     assert tensor is not None
@@ -229,7 +241,8 @@ def _read(step: Placed, arranged: Plan, scope: Scope, sizes: Sequence[Dim], at: 
         return None
     bias = None
     if program.bias is not None:
-        bias = read_bias(step, program, sizes) if tables else None
+        sink = arranged.sink is not None
+        bias = read_bias(step, program, sizes, tables=wanted.tables, slopes=wanted.slopes, sink=sink)
         if bias is None:
             return None
     if not known_equal(instruction.alpha, 1) and not (bias is not None and bias.own):

@@ -66,8 +66,9 @@ class FuseAttention(Fusion):
     #: masks become bounds on each row's keys where they can; None: on GPUs, whose kernels visit only what lies within,
     #: and where gradients flow: SDPA has them for masks that leave every row a key, not for numbers that are added
     bounds: bool | None = None
-    #: biases by distance become tables of M + N - 1 numbers, and are told apart from what masks rule out; None: on
-    #: GPUs in training, for many scores and biases that need no gradient: without gradients SDPA is faster with a mask
+    #: biases by distance become tables of M + N - 1 numbers, a slope times the distance (ALiBi) the slope, and are told
+    #: apart from what masks rule out; None: on GPUs for many scores and biases that need no gradient, slopes in half
+    #: precision and in training, tables in training: without gradients SDPA is faster with a mask
     tables: bool | None = None
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
@@ -96,11 +97,13 @@ class FuseAttention(Fusion):
         named = {"q": roles.q, "k": roles.k, "v": roles.v}
         bindings: dict[str, Any] = {name: operand.base for name, operand in named.items() if operand is not None}
         bindings["scale"] = arranged.scale
-        on_gpu = val(roles.v.base).device.type == "cuda"
+        on_gpu = _on_gpu(val(roles.v.base))
         everywhere = self.bounds if self.bounds is not None else on_gpu or torch.is_grad_enabled()
-        tables = self.tables
+        tables = slopes = self.tables
         if tables is None:
-            tables = on_gpu and torch.is_grad_enabled() and is_large(*roles.sizes[ROWS:])
+            many = on_gpu and is_large(*roles.sizes[ROWS:])
+            tables = many and torch.is_grad_enabled()
+            slopes = tables or (many and val(roles.v.base).dtype.itemsize == 2)
         empty_rows = "uniform" if arranged.uniform else roles.empty_rows
         bounds = read_bounds(
             arranged,
@@ -110,6 +113,7 @@ class FuseAttention(Fusion):
             empty_rows,
             everywhere=everywhere,
             tables=tables,
+            slopes=bool(slopes),
             learned=bool(self.tables) or not torch.is_grad_enabled(),
         )
         unread = arranged
@@ -201,10 +205,16 @@ class FuseAttention(Fusion):
         return examples()
 
 
+def _on_gpu(value: Tensor) -> bool:
+    return value.device.type == "cuda"
+
+
 def _kind(bounds: Bounds | None) -> str | None:
     """What is made of the biases."""
     if bounds is None or not (bounds.before or bounds.biases):
         return None
+    if any(bias.slope is not None for bias in bounds.biases):
+        return "slope"
     return "by distance" if any(bias.by_distance for bias in bounds.biases) else "by key"
 
 

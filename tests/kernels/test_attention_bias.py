@@ -1,4 +1,6 @@
-"""Attention with a bias that depends on the distance of key and row, or on the key: M + N - 1 or N numbers."""
+"""Attention with a bias that depends on the distance of key and row, or on the key: M + N - 1, N numbers, or one."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +23,11 @@ def qkv(rows, keys, dtype=F32, device="cpu", width=16):
 
 
 def dense(bias, rows, keys):
-    """A bias by key or by distance for every score, copied row by row."""
+    """A bias by key, by distance or of a slope for every score, copied row by row."""
     if bias.dim() == 4:
         return bias
+    if bias.dim() == 2:
+        bias = bias[..., None] * torch.arange(1 - rows, keys, device=bias.device)
     return torch.stack([bias[..., rows - 1 - i : rows - 1 - i + keys] for i in range(rows)], 2)
 
 
@@ -34,7 +38,8 @@ def biases(rows, keys, dtype, device):
     return {
         "a head": randn(1, HQ, every), "a batch": randn(B, 1, every), "all": randn(B, HQ, every),
         "strides": wide, "float32": randn(1, HQ, every).float(), "by key": randn(B, HQ, 1, keys),
-        "by key, shared": randn(1, 1, 1, keys),
+        "by key, shared": randn(1, 1, 1, keys), "slopes": randn(B, HQ), "a slope": randn(1, 1).abs(),
+        "a slope a head": randn(1, 2 * HQ)[:, ::2].float(),
     }  # fmt: skip
 
 
@@ -102,10 +107,11 @@ def test_a_bias_against_float64(assert_as_good_as, triton_device, implementation
     [(i, kind) for i in ("decomposed", "triton") for kind in more(2, 2, "cpu")]
     + [("sdpa", kind) for kind, given in more(2, 2, "cpu").items() if "factor" not in given],
 )
-@pytest.mark.parametrize("rows, by_key", [(6, False), (40, False), (40, True)])
-def test_a_bias_beside_everything_else(assert_as_good_as, triton_device, implementation, kind, rows, by_key):
+@pytest.mark.parametrize("rows, by", [(6, "distance"), (40, "distance"), (40, "key"), (6, "slope"), (40, "slope")])
+def test_a_bias_beside_everything_else(assert_as_good_as, triton_device, implementation, kind, rows, by):
     given = more(rows, 70, triton_device)[kind]
-    bias = torch.randn((1, HQ, 1, 70) if by_key else (1, HQ, rows + 69), device=triton_device)
+    shape = {"key": (1, HQ, 1, 70), "distance": (1, HQ, rows + 69), "slope": (1, HQ)}[by]
+    bias = torch.randn(shape, device=triton_device)
     check(assert_as_good_as, implementation, qkv(rows, 70, F32, triton_device), bias=bias, **given)
 
 
@@ -129,6 +135,15 @@ def test_distance_zero_is_where_the_kernels_begin():
     assert given.bias.stride() == (0, 0, 1)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("kind", ["plain", "causal", "soft cap, sink, factor", "padded up to a bound", "window"])
+def test_a_slope_in_half_precision(assert_as_good_as, triton_device, kind, dtype):
+    """There a kernel leaves out what is the same for a row."""
+    given = more(150, 70, triton_device)[kind]
+    slopes = torch.tensor([[0.7, -0.3, 4.0, 0.01]], device=triton_device)
+    check(assert_as_good_as, "triton", qkv(150, 70, dtype, triton_device), bias=slopes, **given)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("more_keys", [0, 6])
 def test_a_transparent_implementation_is_traced_with_any_sizes(dynamic, more_keys):
@@ -147,10 +162,10 @@ def test_a_transparent_implementation_is_traced_with_any_sizes(dynamic, more_key
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("by_key", [False, True])
-def test_opcheck(by_key):
+@pytest.mark.parametrize("shape", [(1, HQ, 1, 9), (1, HQ, 13), (B, 1)])
+def test_opcheck(shape):
     q, k, v = qkv(5, 9, width=4)
-    bias = torch.randn((1, HQ, 1, 9) if by_key else (1, HQ, 13))
+    bias = torch.randn(shape)
     args = attention.bind(q, k, v, None, 0.3, bias=bias)
     torch.library.opcheck(attention.overload, tuple(args))
     leaves = [t.double().requires_grad_() for t in (q, k, v, bias)]
@@ -166,16 +181,26 @@ def test_what_the_tuner_draws_fits():
     assert made[12].is_floating_point()
 
 
-@pytest.mark.parametrize("target, rows, chosen", [
-    (Target(torch.device("cuda")), 1024, "sdpa"),
-    (Target(torch.device("cuda")), 64, "sdpa"),
-    (Target(torch.device("cuda"), opaque=False), 1024, "sdpa"),
-    (Target(torch.device("cpu")), 1024, "sdpa"),
+CUDA, PADDING = Target(torch.device("cuda")), torch.ones(B, 1, 1, 1024, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("target, rows, given, chosen", [
+    (CUDA, 1024, {}, "sdpa"),
+    (CUDA, 64, {}, "sdpa"),
+    (CUDA, 1024, {"last": torch.arange(1024)}, "triton"),
+    (replace(CUDA, opaque=False), 1024, {}, "sdpa"),
+    (Target(torch.device("cpu")), 1024, {}, "sdpa"),
+    (CUDA, 1024, {"bias": torch.ones(1, HQ)}, "triton"),
+    (CUDA, 1024, {"bias": torch.ones(1, HQ), "mask": PADDING}, "triton"),
+    (CUDA, 1024, {"bias": torch.ones(1, HQ), "mask": torch.ones(1, 1, 1024, 1024)}, "sdpa"),
+    (CUDA, 64, {"bias": torch.ones(1, HQ)}, "sdpa"),
+    (Target(torch.device("cpu")), 1024, {"bias": torch.ones(1, HQ)}, "sdpa"),
+    (replace(CUDA, training=True), 1024, {"bias": torch.ones(1, HQ)}, "triton_trained"),
 ])  # fmt: skip
-def test_where_the_kernels_are_chosen(target, rows, chosen):
+def test_where_the_kernels_are_chosen(target, rows, given, chosen):
     pytest.importorskip("triton")
     q, k, v = qkv(rows, rows, BF16)
-    args = attention.bind(q, k, v, None, 0.3, bias=torch.ones(1, HQ, 2 * rows - 1))
+    args = attention.bind(q, k, v, **{"mask": None, "scale": 0.3, "bias": torch.ones(1, HQ, 2 * rows - 1), **given})
     assert attention.select(target, *args)[0].name == chosen
 
 
@@ -186,7 +211,8 @@ def test_where_the_kernels_are_chosen(target, rows, chosen):
 def test_at_the_size_of_a_model(assert_as_good_as, kind, dtype):
     for rows, keys in ((3, 2000), (1000, 1100), (1500, 1500)):
         tensors = qkv(rows, keys, dtype, "cuda", 64)
-        for bias in (torch.randn(1, HQ, rows + keys - 1, device="cuda"), torch.randn(B, HQ, 1, keys, device="cuda")):
+        shapes = (1, HQ, rows + keys - 1), (B, HQ, 1, keys), (1, HQ)
+        for bias in (torch.randn(shape, device="cuda") for shape in shapes):
             check(assert_as_good_as, "triton", tensors, bias=bias, **more(rows, keys, "cuda")[kind])
 
 

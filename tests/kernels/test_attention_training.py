@@ -41,6 +41,8 @@ def settings(rows, keys, dtype=F32, device="cpu"):
         "bias and soft cap": {"mask": randn(rows, keys), "softcap": 3.0},
         "bias by distance": {"bias": randn(1, HQ, rows + keys - 1)},
         "bias by distance, causal, padded": {"bias": randn(B, 1, rows + keys - 1), "mask": padding, "is_causal": True},
+        "slopes, causal, padded": {"bias": randn(B, HQ), "mask": padding, "is_causal": True},
+        "a slope a head": {"bias": randn(1, HQ)},
         "a key's own bias and a mask": {"bias": randn(B, HQ, 1, keys), "mask": randn(1, HQ, rows, keys)},
         "padding": {"mask": padding},
         "padding added": {"mask": torch.zeros(padding.shape, device=device, dtype=dtype).masked_fill(~padding, low)},
@@ -58,6 +60,8 @@ def dense(bias, rows, keys):
     """A bias by key or by distance for every score, copied row by row."""
     if bias.dim() == 4:
         return bias
+    if bias.dim() == 2:
+        bias = bias[..., None] * torch.arange(1 - rows, keys, device=bias.device)
     return torch.stack([bias[..., rows - 1 - i : rows - 1 - i + keys] for i in range(rows)], 2)
 
 
@@ -125,7 +129,8 @@ def compare(assert_as_good_as, run, rows, keys, kind, dtype, device):
     truth, right = gradients(exact, tensors, more, F64)
     assert_as_good_as(out, eager, truth, 4)
     for name in ours:
-        assert_as_good_as(ours[name], theirs[name], right[name], 8)
+        is_slope = name == "bias" and ours[name].dim() == 2  # a sum over all scores, times distances
+        assert_as_good_as(ours[name], theirs[name], right[name], 256 if is_slope else 8)
 
 
 @pytest.mark.parametrize("kind", settings(1, 1))
@@ -178,7 +183,9 @@ def test_strides(triton_device, monkeypatch):
     torch.testing.assert_close(ours[1], {n: g.float() for n, g in theirs[1].items()}, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["soft cap", "sink a head", "bias", "window", "factor", "bias by distance"])
+@pytest.mark.parametrize("kind", [
+    "soft cap", "sink a head", "bias", "window", "factor", "bias by distance", "a slope a head",
+])  # fmt: skip
 def test_opcheck(kind):
     rows, keys = 5, 9
     given = dict(zip("qkv", case(rows, keys, F32, width=4), strict=True))

@@ -1,4 +1,4 @@
-"""Biases by distance become tables, those by key vectors; finite masks are told apart from what is certainly a bias."""
+"""Biases by distance become tables or slopes, by key vectors; finite masks are told apart from what is a bias."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def check(fuser, program, arguments):
 
 
 @pytest.mark.parametrize("of, dtype", [
-    *((b, torch.float32) for b in BIASES if b is not by_key),
+    *((b, torch.float32) for b in BIASES if b not in (alibi, by_key)),
     *((relative, dtype) for dtype in (torch.bfloat16, torch.float16)), (alibi, torch.bfloat16),
 ])  # fmt: skip
 def test_a_bias_by_distance_is_a_table(fuser, of, dtype):
@@ -147,6 +147,76 @@ def test_a_bias_by_distance_is_a_table(fuser, of, dtype):
     # Nothing that is left has as many elements as there are scores.
     values = [n.meta["val"] for n in fuser.graphs[0].graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     assert not [v for v in values if v.numel() >= ROWS * KEYS and tuple(v.shape[-2:]) == (ROWS, KEYS)]
+
+
+def mpt(w, i, j):
+    return w.float()[:, None, None] * (j - j.shape[-1] + 1)
+
+
+SLOPES = {
+    "times a distance": alibi,
+    "of a row and a key": lambda w, i, j: -w[:, None, None] * (i - j).float(),
+    "quotients": lambda w, i, j: (j - i)[None] / 4.0 * w[:, None, None],
+    "a number": lambda w, i, j: 0.1 * (j - i),
+    "integers": lambda w, i, j: (3 * j - 3 * i).float(),
+    "powers": lambda w, i, j: torch.pow(2.0, -torch.arange(1, HEADS + 1) * 2.0)[:, None, None] * (j - i),
+    "by key": mpt,
+}
+
+
+@pytest.mark.parametrize("of", SLOPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask, fill", [(None, MIN), (causal, MIN), (causal_padded, MIN)])
+def test_a_multiple_of_the_distance_is_a_slope(fuser, of, dtype, mask, fill):
+    class Sloped(Bias):
+        def forward(self, q, k, v, m):
+            i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+            scores = q @ k.mT * 0.3 + self.of(self.weight, i, j)
+            if mask is not None:
+                scores = scores + torch.zeros(()).masked_fill(~mask(i, j, m), fill)
+            return attend(scores, v)
+
+    arguments = inputs(KEYS, KEYS, dtype=dtype)
+    program = Sloped(SLOPES[of], HEADS)
+    bias, rest, is_causal, _, last, _ = check(fuser, program, arguments)
+    assert bias == ((1, 1) if of in ("a number", "integers") else (1, HEADS))
+    assert is_causal is (mask is causal)
+    assert (rest, last) == (((2, 1, 1, KEYS), True) if mask is causal_padded else (None, False))
+
+
+@pytest.mark.parametrize("of, rows", [
+    (lambda w, i, j: (w[:, None, None] * (j - i)).to(torch.bfloat16).float(), KEYS),  # a staircase
+    (lambda w, i, j: w[:, None, None].half() * (j - i), KEYS),
+    (lambda w, i, j: w[:, None, None] * (j - i - 2), KEYS),
+    (lambda w, i, j: w[:, None, None] * (j - i).clamp(-2), KEYS),
+    (lambda w, i, j: w[:, None, None] * (j - i) * (j - i), KEYS),
+    (lambda w, i, j: w[:, None, None] * ((j - i) // 2), KEYS),
+    (mpt, ROWS),  # of more keys than rows, what counts from the last key stays small where it matters
+    (lambda w, i, j: w[:, None, None] / (j - i + 100), KEYS),
+])  # fmt: skip
+def test_other_biases_are_no_slopes(fuser, of, rows):
+    bias, *_ = check(fuser, Bias(of, HEADS), inputs(rows, KEYS))
+    assert bias is None or len(bias) > 2
+
+
+def test_beside_a_sink_only_the_distance_itself_is_one(fuser):
+    def program(q, k, v, w, sink, shift):
+        i, j = torch.arange(KEYS)[:, None], torch.arange(KEYS)[None]
+        bias = w[:, None, None] * (j - (i if shift == 0 else KEYS))
+        scores = torch.cat([q @ k.mT * 0.3 + bias, sink.expand(2, HEADS, KEYS, 1)], -1)
+        return torch.softmax(scores, -1)[..., :-1] @ v
+
+    tensors = (*qkv(rows=KEYS, keys=KEYS), randn(HEADS, seed=7), randn(HEADS, 1, 1, seed=8))
+    found = []
+    for shift in (0, 1):
+        fuser.graphs.clear(), fuser.steps.clear()
+        found.append(check(fuser, program, (*tensors, shift))[0])
+    assert found == [(1, HEADS), None]
+
+
+def test_a_slope_and_another_bias_are_one_table(fuser):
+    program = Bias(lambda w, i, j: w[:, 0, None, None] * (j - i) + clipped(w, i, j), HEADS, 8)
+    assert check(fuser, program, inputs())[0] == (1, HEADS, EVERY)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -167,7 +237,7 @@ def test_masks_are_told_apart(fuser, of, together, mask, fill, expected):
     if of is by_key and mask is causal and fill == -INF and not together:
         assert (bias, rest[:2]) == (None, [(HEADS, 1, KEYS), True])  # a mask of one row as it is
         return
-    assert bias == ((1, HEADS, 1, KEYS) if of is by_key else (1, HEADS, EVERY))
+    assert bias == {by_key: (1, HEADS, 1, KEYS), alibi: (1, HEADS)}.get(of, (1, HEADS, EVERY))
     assert tuple(rest) == expected or (tuple(rest[:-1]), expected[-1]) == (expected[:-1], None)
 
 
@@ -281,6 +351,18 @@ def test_without_tables_everything_is_as_it_was(fuser, monkeypatch):
     assert check(fuser, Bias(alibi, HEADS, mask=causal), inputs())[:3] == (None, (HEADS, ROWS, KEYS), False)
 
 
+@pytest.mark.parametrize("dtype, large, expected", [
+    (torch.bfloat16, True, ((1, HEADS), None, True)), (torch.float32, True, (None, (HEADS, ROWS, KEYS), False)),
+    (torch.bfloat16, False, (None, (HEADS, ROWS, KEYS), False)),
+])  # fmt: skip
+def test_on_a_gpu_slopes_are_the_default(fuser, monkeypatch, dtype, large, expected):
+    monkeypatch.setattr("fxopt.passes.attention._on_gpu", lambda value: True)
+    monkeypatch.setattr("fxopt.passes.attention.is_large", lambda rows, keys: large)
+    monkeypatch.setattr(attending, "FUSIONS", (RaiseSoftmax(), RaiseEinsum(), FuseAttention()))
+    program = Bias(lambda w, i, j: alibi(w.float(), i, j), HEADS, mask=causal, fill=torch.finfo(dtype).min)
+    assert check(fuser, program, inputs(dtype=dtype))[:3] == expected
+
+
 # Beyond one site
 
 
@@ -316,7 +398,7 @@ def test_gradients_reach_the_numbers_that_the_bias_is_made_of(fuser, of, mask, f
     ours = gradients(torch.compile(program, backend=fuser, fullgraph=True), torch.float32)
     eager, exact = gradients(program, torch.float32), gradients(program, torch.float64)
     assert fuser.sites == 1, fuser.reasons
-    assert fuser.calls[0][12] is not None
+    assert fuser.calls[0][12].meta["val"].dim() == 3  # also of slopes, which are learned
     for mine, theirs, right in zip(ours, eager, exact, strict=True):
         allowed = 2 * (theirs.double() - right).abs().max() + 1e-5 * right.abs().max()
         assert (mine.double() - right).abs().max() <= allowed
@@ -412,7 +494,8 @@ def test_models(fuser, kind, padding, dynamic):
     assert fuser.sites == (6 if "t5" in kind else 2)
     assert len(own) == (4 if "t5" in kind else 2)
     for bias in own:
-        assert dynamic or bias[-1] in ((25, 13) if "t5" in kind else (13,))
+        expected = (25, 13) if "t5" in kind else (4,) if kind == "mpt" or (kind == "bloom" and not padding) else (13,)
+        assert dynamic or bias[-1] in expected  # BLOOM counts what is not padding
     for call in fuser.calls:
         mask = shapes(call)[1]
         assert mask is None or mask[-2] == 1 or "t5" in kind  # cross attention's is no site with a bias
@@ -467,5 +550,23 @@ def test_on_a_gpu_sdpa_gets_the_table_spread_unless_rows_are_bounded(of, mask, i
     finally:
         fxopt.unregister("attention")
     assert [site.implementation for site in rec.sites] == [implementation]
+    allowed = 2 * (eager.double() - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mask", [None, causal, causal_padded])
+@pytest.mark.parametrize("rows, dynamic", [(1000, False), (1024, True)])
+def test_on_a_gpu_a_kernel_multiplies_slopes(mask, rows, dynamic):
+    program = Bias(fixed, HEADS, mask=mask, fill=torch.finfo(torch.bfloat16).min).cuda()
+    q, k, v = (t.to("cuda", torch.bfloat16) for t in qkv(rows=rows, keys=1024, width=64))
+    m = torch.ones(2, 1024, dtype=torch.int64, device="cuda")
+    m[1, 1000:] = 0
+    torch._dynamo.reset()
+    with fxopt.record() as rec, torch.no_grad():
+        ours = torch.compile(program, backend="fxopt", fullgraph=True, dynamic=dynamic)(q, k, v, m)
+        eager, exact = program(q, k, v, m), program(q.double(), k.double(), v.double(), m)
+    assert [site.implementation for site in rec.sites] == ["triton"]
     allowed = 2 * (eager.double() - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
     assert (ours.double() - exact).abs().max() <= allowed
