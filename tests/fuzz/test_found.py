@@ -97,14 +97,12 @@ def test_what_runs_without_gradients_is_cut_off_from_what_it_read(program):
     run(program, x.clone().requires_grad_(), w.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("write", [lambda mask: mask.logical_not_(), lambda mask: mask[1:].zero_()])
-def test_a_mask_that_is_overwritten_after_its_use_is_what_it_was(write):
+def test_a_mask_that_is_overwritten_after_its_use_is_what_it_was():
     """Its relation to the rows was lost on the verification, which undid a right rewrite with a warning."""
 
     def program(x, w):
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         out = torch.softmax((x @ x.mT).masked_fill(~mask, torch.finfo(x.dtype).min), -1) @ x
-        write(mask)
-        return out, mask
+        return out, mask.zero_()
 
     assert run(program, x, w).counts() == {"attention": 1}
