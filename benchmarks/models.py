@@ -51,7 +51,6 @@ PREFILLS = [
     Contestant("sdpa", "inductor"),
     Contestant("sdpa", "fxopt"),
     Contestant("eager", "fxopt"),
-    Contestant("sdpa", "inductor", "max-autotune-no-cudagraphs"),
 ]
 DECODES = [Contestant("sdpa"), *(Contestant("sdpa", b, "reduce-overhead") for b in ("inductor", "fxopt"))]
 
@@ -215,9 +214,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def work(name: str, tiny: bool, deadline: float, ready: Any, turn: Any, results: Any) -> None:
+def kernels(step: Callable[[], torch.Tensor], most: int = 8) -> list[tuple[str, int, float]]:
+    """(name, launches, milliseconds) of the kernels that take longest in one step, as torch.profiler has them."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count, spent = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, spent + event.time_range.elapsed_us() / 1e3
+    rows = [(name[:120], count, round(spent, 4)) for name, (count, spent) in found.items()]
+    return sorted(rows, key=lambda row: -row[2])[:most]
+
+
+def work(name: str, given: argparse.Namespace, deadline: float, ready: Any, turn: Any, results: Any) -> None:
     """One model: compile all contestants, say so, wait for the turn, time them."""
     (case,) = (c for c in all_cases() if c.name == name)
+    tiny = given.tiny
     torch._dynamo.config.recompile_limit = 64
     rows: list[dict[str, Any]] = []
     steps: list[tuple[Contestant, Callable[[], torch.Tensor], dict[str, Any]]] = []
@@ -227,6 +242,8 @@ def work(name: str, tiny: bool, deadline: float, ready: Any, turn: Any, results:
             model = build(case, tiny)
             bind = case.bind(model, tiny)
             for contestant in case.contestants:
+                if given.only and not any(part in str(contestant) for part in given.only):
+                    continue
                 row: dict[str, Any] = {"case": name, "contestant": str(contestant)}
                 rows.append(row)
                 if time.time() > deadline:
@@ -240,7 +257,7 @@ def work(name: str, tiny: bool, deadline: float, ready: Any, turn: Any, results:
                     run = model
                     if contestant.backend is not None:
                         how = {"mode": contestant.mode} if contestant.mode else {}
-                        run = torch.compile(model, backend=contestant.backend, dynamic=False, **how)
+                        run = torch.compile(model, backend=contestant.backend, **how)
                     step = bind(run)
                     start = time.perf_counter()
                     with fxopt.record() as rec:
@@ -260,6 +277,8 @@ def work(name: str, tiny: bool, deadline: float, ready: Any, turn: Any, results:
                 for contestant, step, row in steps:
                     attend_with(model, contestant.attention)
                     measure(step, row, tiny)
+                    if given.profile:
+                        row["kernels"] = kernels(step)
     except Exception as problem:
         rows.append({"case": name, "contestant": "", "failed": f"{type(problem).__name__}: {str(problem)[:300]}"})
         ready.put(name)
@@ -310,6 +329,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cases", nargs="*", default=[], help="parts of the cases' names")
     parser.add_argument("--seconds", type=float, default=300.0, help="compile nothing more after so long")
+    parser.add_argument("--profile", action="store_true", help="list the kernels that take longest, too")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the contestants' names")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not given.tiny:
@@ -320,9 +341,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ready, results, turn = context.Queue(), context.Queue(), context.Lock()
     turn.acquire()
     deadline = time.time() + given.seconds
-    processes = [
-        context.Process(target=work, args=(name, given.tiny, deadline, ready, turn, results)) for name in names
-    ]
+    processes = [context.Process(target=work, args=(name, given, deadline, ready, turn, results)) for name in names]
     for process in processes:
         process.start()
     for done in range(len(names)):
