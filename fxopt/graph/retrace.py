@@ -104,9 +104,14 @@ def _copy(fake: Any) -> Any:
     """The same input for another trace, without the autograd history that writing to it in a trace gives it."""
     if not isinstance(fake, Tensor) or not fake.is_leaf:  # a leaf in its place could not be written to
         return fake
-    copied: Any = fake.detach().requires_grad_(fake.requires_grad)
+    return detached(fake).requires_grad_(fake.requires_grad)
+
+
+def detached(fake: Tensor) -> Tensor:
+    """`fake.detach()` that knows the symbol that `fake.item()` gives."""
+    copied: Any = fake.detach()
     if isinstance(fake, FakeTensor) and fake.item_memo is not None:
-        copied.item_memo = fake.item_memo  # the symbol that `.item()` gives
+        copied.item_memo = fake.item_memo
     return copied
 
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxopt.graph import autocast
 from fxopt.graph.higher_order import fake_like
 from fxopt.graph.levels import call_name, gradient_modes, regions
-from fxopt.graph.retrace import RetraceError, burned_in, fake_inputs, quiet_unbacked, unwind_functorch
+from fxopt.graph.retrace import RetraceError, burned_in, detached, fake_inputs, quiet_unbacked, unwind_functorch
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 
@@ -46,7 +46,7 @@ def inline_transforms(module: GraphModule, example_inputs: Sequence[Any]) -> Gra
     try:
         with mode, quiet_unbacked(mode), autocast.under(autocast.state()), _state_kept():
             values = _Values(module, found, mode)
-            values.collect([f.detach() if isinstance(f, Tensor) else f for f in fakes])
+            values.collect([detached(f) if isinstance(f, Tensor) else f for f in fakes])
             traced = [_trace(module, region, values, modes[region[0]]) for region in found]
     except RetraceError:
         raise

@@ -219,3 +219,21 @@ def test_behind_a_higher_order_op(captured):
         eager, ours = outcome(captured, program, x, grad=differentiated)
         same(eager, ours)
     assert not captured.reasons
+
+
+def test_behind_a_float_that_may_change(captured):
+    """With dynamic shapes an attribute of the module is an input, and read by `.item()`."""
+
+    class Masked(torch.nn.Module):
+        eps = 1e-6
+
+        def forward(self, x):
+            normed = x * torch.rsqrt(x.square().mean(-1, True) + self.eps)
+            row = torch.arange(x.shape[1])
+            return torch.where(vmap(lambda i: i >= row)(row), normed, 0.0)
+
+    model, batch = Masked(), torch.randn(2, 4, 4)
+    same(captured.run(model, batch, dynamic=True), model(batch), 1e-6)
+    model.eps = 1e-2
+    same(captured.run(model, batch, dynamic=True), model(batch), 1e-6)
+    assert not captured.reasons
