@@ -19,10 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from fxopt.kernels import _triton
+from fxopt.kernels._attention_sdpa import dense_mask
 from fxopt.kernels._flash_decode import decode, few
 from fxopt.kernels._flash_parts import (
     BY_DISTANCE,
     BY_KEY,
+    NO_MASK,
+    SEGMENTS,
     SLOPE,
     UNIFORM,
     ZERO,
@@ -132,9 +135,15 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             crossing = inner_begin >= inner_end  # no tile is seen by every row
             inner_begin = tl.where(crossing, begin, inner_begin)
             inner_end = tl.where(crossing, begin, inner_end)
+        if MASK == 3:  # of some rows the bounds don't say all
+            told = tl.min(from_key, 0) >= 0
+            inner_begin = tl.where(told, inner_begin, begin)
+            inner_end = tl.where(told, inner_end, begin)
         inner = (inner_end - inner_begin) // BLOCK_N
         edges = (inner_begin - begin) // BLOCK_N + tl.maximum(tl.cdiv(end - inner_end, BLOCK_N), 0)
-    INNER_MASK: tl.constexpr = 0 if TILES else MASK
+    INNER_MASK: tl.constexpr = 0 if (TILES or MASK == 3) else MASK
+    EDGE_MASK: tl.constexpr = 1 if MASK == 3 else MASK
+    numbers = mask + batch * m_batch + head * m_head
     for index in range(inner):
         if TILES:
             start = tl.load(tiles + 2 + index) * BLOCK_N
@@ -170,7 +179,12 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         entries = live
         factors = live
         biases = live
-        if MASK != 0:
+        if MASK == 3:
+            of_row = tl.load(numbers + wide_row * m_row, mask=row < rows, other=0)
+            key_at = (rows + start + column).to(tl.int64) * m_row
+            of_key = tl.load(numbers + key_at, mask=column < keys - start, other=0)
+            entries = (of_row[:, None] == of_key[None, :]) | (from_key >= 0)[:, None]
+        elif MASK != 0:
             entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=live, other=0)
         if FACTOR:
             factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=live, other=0.0)
@@ -182,7 +196,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             biases = _sloped(slope, row, tile * BLOCK_M, column, start, WHOLE)
         top, weight, acc = _step(
             q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, live,
-            from_key, to_key, row, top, weight, acc, MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, False, True,
+            from_key, to_key, row, top, weight, acc, EDGE_MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, False, True,
             D, DV, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     place = (batch * heads + head) * rows + wide_row
@@ -231,8 +245,10 @@ def flash_attention(
     out = v.new_empty((*q.shape[:3], v.shape[3]))
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_()
+    is_few = few(q.shape[2], q.shape[1] // k.shape[1])
+    mask = dense_mask(mask, first, q.shape[2]) if is_few else mask
     given = operands(q, k, v, mask, is_causal, empty_rows, softcap, sink, factor, first, last, bias)
-    if few(q.shape[2], q.shape[1] // k.shape[1]):
+    if is_few:
         decode(given, out, scale, softcap, config=config)
     else:
         prefill(given, out, scale, softcap, config=config)
@@ -265,7 +281,8 @@ def prefill(
     kv_heads, keys = given.k.shape[1:3]
     widths = given.widths
     by_distance = given.flags["BIAS"] == BY_DISTANCE
-    tensors = (given.mask is not None) + (given.factor is not None) + by_distance
+    masked = given.flags["MASK"] not in (NO_MASK, SEGMENTS)
+    tensors = masked + (given.factor is not None) + by_distance
     itemsize = given.q.dtype.itemsize
     wide = max(widths["BLOCK_D"], widths["BLOCK_DV"]) * itemsize
     bounded = given.first is not None or given.last is not None or by_distance
@@ -302,7 +319,7 @@ def _example(name: str, dtype: str, mask: str | None, d: int, **flags: Any) -> C
     itemsize = 4 if dtype == "fp32" else 2
     widths = example_widths(d)
     by_distance = flags.get("BIAS") == BY_DISTANCE
-    tensors = (mask is not None) + ("FACTOR" in flags) + by_distance
+    tensors = (mask not in (None, "i32")) + ("FACTOR" in flags) + by_distance
     block_m, block_n, warps, stages = blocks(
         widths["BLOCK_D"] * itemsize, itemsize, tensors, by_distance or bool({"FIRST", "LAST"} & flags.keys())
     )
@@ -336,6 +353,9 @@ COMPILE_EXAMPLES = (
     _example("prefill in a window, 128", "bf16", None, 128, FIRST=True, LAST=True, EMPTY=ZERO),
     _example("prefill in a window with a soft cap, 256", "bf16", None, 256, FIRST=True, LAST=True, CAP=2),
     _example("prefill up to a bound, padded, 128", "bf16", "u8", 128, LAST=True, EMPTY=UNIFORM),
+    _example("prefill of segments, 128", "bf16", "i32", 128, FIRST=True, LAST=True, EMPTY=ZERO),
+    _example("prefill of segments, 64", "fp16", "i32", 64, FIRST=True, LAST=True, EMPTY=UNIFORM),
+    _example("prefill of segments, 256", "bf16", "i32", 256, FIRST=True, EMPTY=ZERO),
     _example("prefill with listed tiles, 128", "bf16", "bf16", 128, TILES=True),
     _example("prefill with listed tiles and a sink, 64", "bf16", "bf16", 64, TILES=True, SINK=True),
     _example("prefill in a window, training, 128", "bf16", None, 128, FIRST=True, LAST=True, STATS=True),

@@ -26,10 +26,10 @@ from torch import Tensor
 from fxopt.kernels import _triton
 from fxopt.kernels._triton import jit, tl
 
-NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
+NO_MASK, BOOL_MASK, FLOAT_MASK, SEGMENTS = 0, 1, 2, 3
 #: what a bias has a number for; a slope is one number, times the distance
 BY_DISTANCE, BY_KEY, SLOPE = 1, 2, 3
-MASK_KINDS = {None: NO_MASK, "u8": BOOL_MASK, "fp16": FLOAT_MASK, "bf16": FLOAT_MASK, "fp32": FLOAT_MASK}
+MASK_KINDS = {None: NO_MASK, "u8": BOOL_MASK, "i32": SEGMENTS} | dict.fromkeys(("fp16", "bf16", "fp32"), FLOAT_MASK)
 
 #: the widest heads that the kernels serve
 MAX_WIDTH = 256
@@ -199,7 +199,8 @@ class Operands:
 
     `strides` are those of q, k, v (batch, head, row), mask and factor (batch, head, row, key), bias (batch, head), sink
     and bounds (batch, head, row), in this order, 0 where a tensor is broadcast. What isn't given is None. A bias is
-    dense at the end; one by distance begins, as it is here, at distance 0, and those below zero lie before it.
+    dense at the end; one by distance begins, as it is here, at distance 0, and those below zero lie before it. A mask
+    that is segments has the rows' and keys' numbers in place of rows, and one key.
     """
 
     q: Tensor
@@ -260,12 +261,12 @@ def operands(
     q, k, v = (_dense(t.to(common)) for t in (q, k, v))
     kind, skip_minima = NO_MASK, False
     if mask is not None:
-        kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
+        kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK if mask.is_floating_point() else SEGMENTS
         if mask.dtype == torch.float64:
             mask = float32_mask(mask)
         skip_minima = mask.dtype in (torch.float32, torch.bfloat16)
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
-        mask = mask.expand(shape)
+        mask = mask.expand(*shape[:2], -1)[..., None] if kind == SEGMENTS else mask.expand(shape)
     factor = None if factor is None else _single(factor).expand(shape)
     by = 0
     if bias is not None:
@@ -274,7 +275,7 @@ def operands(
     sink = None if sink is None else _single(sink).expand(*shape[:3], 1)
     first, last = (None if t is None else t.expand(shape[:3]) for t in (first, last))
     # A float mask that leaves a row empty says itself what it is, and beside a sink none is.
-    fills = kind == BOOL_MASK or (kind == NO_MASK and not first is last is None)
+    fills = kind in (BOOL_MASK, SEGMENTS) or (kind == NO_MASK and not first is last is None)
     empty = {"nan": NAN, "zero": ZERO, "uniform": UNIFORM if fills and sink is None else NAN}[empty_rows]
     cap = 0 if softcap is None else 2 if common == torch.bfloat16 and q.is_cuda else 1
     flags = {"MASK": kind, "FACTOR": factor is not None, "CAP": cap, "SINK": sink is not None, "IS_CAUSAL": is_causal}

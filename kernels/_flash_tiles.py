@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._flash_parts import MASK_KINDS, Operands, _bound, _visible
+from fxopt.kernels._flash_parts import MASK_KINDS, SEGMENTS, Operands, _bound, _visible
 from fxopt.kernels._triton import CompileExample, jit, tl
 
 #: reading a mask once more is little where so many heads read it
@@ -75,7 +75,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
 
 def worth_listing(given: Operands, block_n: int) -> bool:
     """Whether to look through the mask first: where several heads share it, and there are tiles to leave out."""
-    if given.mask is None or (given.mask.stride(1) != 0 and given.mask.shape[1] > 1):
+    if given.mask is None or given.flags["MASK"] == SEGMENTS or (given.mask.stride(1) != 0 and given.mask.shape[1] > 1):
         return False
     bounds = [t for t in (given.first, given.last) if t is not None]
     if any(t.stride(1) != 0 and t.shape[1] > 1 for t in bounds):

@@ -41,6 +41,7 @@ from fxopt.kernels import _attention_sdpa, _flash, attention_training
 from fxopt.kernels._attention_sdpa import (
     ABSORBING,
     causal,
+    dense_mask,
     group_rows,
     repeat_heads,
     spread,
@@ -78,9 +79,12 @@ def attention(
 ) -> Tensor:
     """Attention of `q` [B, Hq, M, D] over `k` [B, Hkv, N, D] and `v` [B, Hkv, N, Dv]; Hq is a multiple of Hkv.
 
-    `mask` broadcasts to [B, Hq, M, N]: bool (True attends) or a float that is added to the scaled scores. `is_causal`
-    further restricts row i to the keys j <= i; the integers `first` and `last` (which broadcast to [B, Hq, M]) restrict
-    it to first <= j <= last as a boolean mask would. Returns [B, Hq, M, Dv] in v's dtype, computed in at least float32.
+    `mask` broadcasts to [B, Hq, M, N]: bool (True attends) or a float that is added to the scaled scores. Integers
+    [B or 1, Hq or 1, M + N] number the segments of rows and then of keys: where numbers are equal, the row attends.
+    `is_causal` further restricts row i to the keys j <= i; the integers `first` and `last` (which broadcast to
+    [B, Hq, M]) restrict it to first <= j <= last as a boolean mask would. Beside segments `first` must be given; where
+    it isn't negative the row attends to all keys within its bounds, and the numbers need not be read.
+    Returns [B, Hq, M, Dv] in v's dtype, computed in at least float32.
     `empty_rows` is the result of rows in which every score is -inf: "nan" or "zero". With "uniform" a boolean mask
     fills in a huge finite number in place of -inf, so rows that it masks throughout are averages.
     `factor` (broadcasts to [B, Hq, M, N]) multiplies the scaled scores and `softcap` keeps them within +-softcap, both
@@ -89,6 +93,7 @@ def attention(
     each distance of key j and row i, that at j - i + M - 1; with two, [B or 1, Hq or 1], a slope, which is multiplied
     by j - i. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key that takes weight and has no value.
     """
+    mask = dense_mask(mask, first, q.shape[2])
     dtypes = [t.dtype for t in (q, k, v, mask, sink, factor, bias) if t is not None]
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
     heads, rows = q.shape[1], q.shape[2]
@@ -236,7 +241,9 @@ def _trained_objection(
 
 @attention.implementation("triton_trained", when=_trained_objection)
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
-    result: Tensor = attention_stats(q, k, v, *rest)[0]
+    mask, *more, first, last, bias = rest
+    mask = dense_mask(mask, first, q.shape[2])  # type: ignore[arg-type]
+    result: Tensor = attention_stats(q, k, v, mask, *more, first, last, bias)[0]
     return result
 
 
@@ -260,7 +267,7 @@ def _sdpa_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
 
 
 def _adds(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype != torch.bool
+    return mask is not None and mask.is_floating_point()
 
 
 def _fills(mask: Tensor | None, empty_rows: object, sink: object, first: object, last: object) -> bool:
@@ -283,7 +290,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     empty_rows, _, _, _, first, last, _ = rest
     if q.device.type != "cpu":
         k, v = repeat_heads(q, k), repeat_heads(q, v)  # see sdpa_repeated
-    mask = with_bounds(mask, first, last, k.shape[2], empty_rows)
+    mask = with_bounds(dense_mask(mask, first, q.shape[2]), first, last, k.shape[2], empty_rows)
     assert mask is not None
     return _attention_sdpa.attend_filled(q, k, v, mask, scale, is_causal)
 
@@ -360,6 +367,7 @@ def _(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + spread(bias, rows, k.shape[2])
+    mask = dense_mask(mask, first, rows)
     if mask is not None:
         filling = torch.finfo(scores.dtype).min if empty_rows == "uniform" else -torch.inf
         scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask

@@ -111,7 +111,7 @@ def unserved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -
     """Why no Triton kernel, forward or backward, serves these arguments of `attention`, wherever they are."""
     _, is_causal, empty_rows, _, sink, _, first, last, _ = rest
     bounded = first is not None or last is not None
-    adds = mask is not None and mask.dtype != torch.bool
+    adds = mask is not None and mask.is_floating_point()
     if (
         empty_rows == "uniform"
         and sink is None
@@ -128,7 +128,7 @@ def unserved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -
 def unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> str | None:
     """Why the Triton kernels can't serve these arguments, where they are run with gradients."""
     _, _, empty_rows, _, sink, _, first, last, _ = rest
-    fills = first is not None or last is not None or (mask is not None and mask.dtype == torch.bool)
+    fills = first is not None or last is not None or (mask is not None and not mask.is_floating_point())
     if sink is None and fills and empty_rows == "nan":
         return "rows that a fill empties have gradients that the Triton kernel does not give"
     return unserved(q, k, v, mask, *rest) or _triton.needs_gpu(replace(target, training=False))

@@ -3,6 +3,8 @@
     j <= i                                is_causal
     lower(i) <= j <= upper(i)             first, last: one number a row (windows, chunks, offsets, lengths of caches)
     segment(i) = segment(j), sorted       first and last of the segment's keys, by bisection
+    f(i) = f(j), in any order             first and last key of that number, and whether all between have it: if not,
+                                          first is -1, and the kernel compares the numbers themselves
     anything else                         a boolean mask, in as few dimensions as it depends on
     a bias by distance, or by key         a slope, a table, or a vector (`_attention_bias`)
 
@@ -23,7 +25,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from fxopt.graph.query import aten, val, widens
+from fxopt.graph.query import SHARED, aten, val, widens
 from fxopt.graph.scope import Scope, needs_gradient
 from fxopt.graph.symbols import Dim, known_equal
 from fxopt.match.masks import MaskProgram, Segment, insert, read_mask
@@ -61,6 +63,7 @@ class Bounds:
     read: tuple[Node, ...]
     before: tuple[Placed, ...] = ()  # steps that are a bias by key
     biases: tuple[Bias, ...] = ()
+    scattered: Segment | None = None  # segments whose keys may lie anywhere
 
     @property
     def leaves(self) -> list[Node]:
@@ -88,16 +91,23 @@ class Bounds:
 
     def _forms(self) -> Iterator[Form]:
         yield from (form for form in (self.lower, self.upper) if form is not None)
-        for segment in self.segments:
+        for segment in (*self.segments, *([self.scattered] if self.scattered is not None else [])):
             yield from (segment.rows, segment.keys)
 
     def make(self, match: Match, sources: Sequence[Node]) -> tuple[Node | None, Node | None, Node | None, Node | None]:
-        """Insert (first, last, mask, bias). Raises Opaque where a part can't be spelled out."""
+        """Insert (first, last, mask, bias). Raises Opaque where a part can't be spelled out.
+
+        The mask may be numbers of segments, as the op takes them.
+        """
         maker = _Maker(self, match, [*sources, *self.leaves])
+        rest = None if self.rest is TRUE else maker.insert(self.rest)
         first, last = (None if form is None else maker.row(form) for form in (self.lower, self.upper))
         for segment in self.segments:
             start, end = maker.segment(segment)
             first = start if first is None else match.call(aten.maximum.default, first, start)
+            last = end if last is None else match.call(aten.minimum.default, last, end)
+        if self.scattered is not None:
+            first, end, rest = maker.scattered(self.scattered)
             last = end if last is None else match.call(aten.minimum.default, last, end)
         bias = make_bias(
             match,
@@ -108,7 +118,7 @@ class Bounds:
             maker.insert,
             lambda d: maker.size(self.sizes[d]),
         )
-        return first, last, None if self.rest is TRUE else maker.insert(self.rest), bias
+        return first, last, rest, bias
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,7 @@ def read_bounds(
     everywhere: bool,
     tables: bool = False,
     slopes: bool = False,
+    scattered: bool = False,
     learned: bool = True,
 ) -> Bounds | None:
     """The bounds that the plan's masks amount to, or None where they say no more than the masks themselves.
@@ -148,10 +159,11 @@ def read_bounds(
     `at` is the node before which they will be computed. Unless `everywhere`, only causality and masks that take nothing
     out are looked for: what needs neither first nor last. With `tables` biases are read too, unless gradients flow to
     them and they may not be `learned`; with `slopes` those that are a slope times the distance, if none flow to them.
+    With `scattered` segments in any order are numbers, not a mask.
     """
     if torch.is_grad_enabled() and any(s.tensor is not None and needs_gradient(s.tensor) for s in arranged.mask):
         tables, slopes = tables and learned, False
-    wanted = _Wanted(everywhere, tables, slopes)
+    wanted = _Wanted(everywhere, tables, slopes, scattered)
     if (tables or slopes) and (parts := apart(arranged.mask, sizes)) != arranged.mask:
         found = _read_bounds(replace(arranged, mask=parts), scope, sizes, at, empty_rows, wanted)
         if found is not None and not found.plan.mask:
@@ -161,11 +173,12 @@ def read_bounds(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is looked for: bounds of rows, biases by distance or key, slopes."""
+    """What is looked for: bounds of rows, biases by distance or key, slopes, segments in any order."""
 
     everywhere: bool
     tables: bool
     slopes: bool
+    scattered: bool
 
 
 def _read_bounds(
@@ -194,6 +207,12 @@ def _read_bounds(
     key = coordinates[KEYS].atom
     said = [s.condition for s in segments]
     rest = [p for p in conjuncts(live) if p not in said and (key is None or not limits(p, key).exact)]
+    unsorted = [s for r in read for s in r.program.segments if not s.sorted]
+    scattered = None
+    bare = len(read) == len(masks) and not (lower or segments)
+    if wanted.scattered and bare and [s.condition for s in unsorted] == rest:
+        scattered = unsorted[0] if len(unsorted) == 1 and known_equal(*sizes[ROWS:]) else None
+    rest = [] if scattered is not None else rest
     never = rows_are_live(live, coordinates, keys, [*lower, *upper])
     alone = len(read) == len(masks) and all(r.moderate for r in read)
     if alone and not never and arranged.sink is None and not all(r.infinite for r in read):
@@ -211,16 +230,16 @@ def _read_bounds(
     result = Bounds(
         left, coordinates, tuple(sizes), largest(lower) if lower else None, smallest(upper) if upper else None,
         tuple(dict.fromkeys(segments)), all_of(rest), empty_rows, tuple(r.program.node for r in read), before,
-        tuple(r.bias for r in read if r.bias is not None),
+        tuple(r.bias for r in read if r.bias is not None), scattered,
     )  # fmt: skip
-    if result.rest is TRUE and not segments:
+    if result.rest is TRUE and not segments and scattered is None:
         if live is TRUE:
             return result
         rows = coordinates[ROWS]
         causal = isinstance(rows.atom, Coordinate) and result.lower is None and result.upper is rows
         if causal and arranged.sink is None:
             return replace(result, upper=None, plan=replace(left, is_causal=True))
-    bounded = result.lower is not None or result.upper is not None or bool(segments)
+    bounded = result.lower is not None or result.upper is not None or bool(segments) or scattered is not None
     return result if result.biases or before or (bounded and (wanted.everywhere or wanted.tables)) else None
 
 
@@ -327,6 +346,24 @@ class _Maker:
         first = call(aten.searchsorted.Tensor, keys, rows)
         after = call(aten.searchsorted.Tensor, keys, rows, right=True)
         return first, call(aten.sub.Tensor, after, 1)
+
+    def scattered(self, segment: Segment) -> tuple[Node, Node, Node]:
+        """(first, last, numbers of rows and keys) of segments in any order; as many rows as there are keys.
+
+        First is -1 where keys of other segments lie between. Layers that ask for the same share it.
+        """
+        call, already = self.match.call, len(self.match.made)
+        numbers = call(aten.squeeze.dim, self.insert(segment.rows), -1)
+        same = call(aten.eq.Tensor, *(call(aten.unsqueeze.default, numbers, d) for d in (-1, -2)))
+        key = call(aten.arange.default, self.size(self.bounds.sizes[KEYS]), dtype=torch.int32, device=self.device)
+        first = call(aten.amin.default, call(aten.where.ScalarOther, same, key, torch.iinfo(torch.int32).max), [-1])
+        last = call(aten.amax.default, call(aten.where.ScalarOther, same, key, -1), [-1])
+        count = call(aten.sum.dim_IntList, same, [-1], dtype=torch.int32)
+        together = call(aten.eq.Tensor, call(aten.sub.Tensor, last, first), call(aten.sub.Tensor, count, 1))
+        result = call(aten.where.ScalarOther, together, first, -1), last, call(aten.cat.default, [first, first], -1)
+        for node in self.match.made[already:]:
+            node.meta[SHARED] = True
+        return result
 
     def size(self, n: Dim) -> Any:
         """A size as a number or a node."""

@@ -99,9 +99,9 @@ class FuseAttention(Fusion):
         bindings["scale"] = arranged.scale
         on_gpu = _on_gpu(val(roles.v.base))
         everywhere = self.bounds if self.bounds is not None else on_gpu or torch.is_grad_enabled()
+        many = on_gpu and is_large(*roles.sizes[ROWS:])
         tables = slopes = self.tables
         if tables is None:
-            many = on_gpu and is_large(*roles.sizes[ROWS:])
             tables = many and torch.is_grad_enabled()
             slopes = tables or (many and val(roles.v.base).dtype.itemsize == 2)
         empty_rows = "uniform" if arranged.uniform else roles.empty_rows
@@ -114,6 +114,7 @@ class FuseAttention(Fusion):
             everywhere=everywhere,
             tables=tables,
             slopes=bool(slopes),
+            scattered=not torch.is_grad_enabled() and (self.bounds or (self.bounds is None and many)),
             learned=bool(self.tables) or not torch.is_grad_enabled(),
         )
         unread = arranged

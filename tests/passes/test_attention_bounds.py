@@ -174,6 +174,75 @@ def test_documents_in_any_order_stay_a_mask_within_the_bounds(bounding):
     assert arguments_of(bounding.calls[0]) == (False, False, True, (2, 1, ROWS, KEYS))
 
 
+def documents(i, j, m, q, k):
+    return (m[:, None, : q.shape[2], None] == m[:, None, None, : k.shape[2]]) & (j <= i)
+
+
+@pytest.mark.parametrize("fill", [-math.inf, MIN])
+@pytest.mark.parametrize("order", ["sorted", "any", "padded"])
+def test_documents_of_as_many_rows_as_keys_are_numbers(bounding, fill, order):
+    numbers = torch.arange(KEYS).expand(2, -1) // 9
+    given = {"sorted": numbers, "any": numbers[:, torch.randperm(KEYS)], "padded": numbers.where(numbers < 3, 0)}
+    program, arguments = added(documents, fill), (*qkv(rows=KEYS, keys=KEYS), given[order])
+    compare(bounding.run(program, *arguments), program, arguments)
+    assert bounding.sites == 1, bounding.reasons
+    assert arguments_of(bounding.calls[0]) == (False, True, True, (2, 1, 2 * KEYS))
+    assert bounding.calls[0][3].meta["val"].dtype == torch.int32
+
+
+def test_layers_share_the_numbers_of_documents(bounding):
+    def program(q, k, v, m):
+        for _ in range(3):
+            q = added(documents, MIN)(q, k, v, m)
+        return q
+
+    arguments = (*qkv(rows=KEYS, keys=KEYS), torch.arange(KEYS).expand(2, -1) // 9)
+    compare(bounding.run(program, *arguments), program, arguments)
+    assert bounding.sites == 3
+    graph = bounding.graphs[0].graph
+    merge_masks(graph)
+    assert len({(call[3], call[10], call[11]) for call in bounding.calls}) == 1
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.amin.default)) == 1
+
+
+def test_numbers_of_documents_at_symbolic_sizes(bounding):
+    torch._dynamo.reset()
+    program = added(documents, MIN)
+    compiled = torch.compile(program, backend=bounding, fullgraph=True)
+    for keys in (40, 23):
+        arguments = (*qkv(rows=keys, keys=keys), torch.arange(keys).expand(2, -1).clone() // 9)
+        for tensor, dim in zip(arguments, (2, 2, 2, 1), strict=True):
+            torch._dynamo.mark_dynamic(tensor, dim)
+        with torch.no_grad():
+            compare(compiled(*arguments), program, arguments)
+    assert len(bounding.graphs) == 1
+    assert arguments_of(bounding.calls[0])[:3] == (False, True, True)
+
+
+@pytest.mark.parametrize("live", [
+    lambda i, j, m, q, k: documents(i, j, m, q, k) & (j > i - 7),
+    lambda i, j, m, q, k: documents(i, j, m, q, k) & (m != 3)[:, None, None],
+    lambda i, j, m, q, k: documents(i, j, m, q, k) | (j == i),
+    lambda i, j, m, q, k: documents(i, j, m // 2, q, k) & documents(i, j, m % 3, q, k),
+    lambda i, j, m, q, k: (m[:, None, :, None] == m[:, None, None] + 1) & (j <= i),
+])  # fmt: skip
+def test_other_masks_of_documents_stay_masks(bounding, live):
+    arguments = (*qkv(rows=KEYS, keys=KEYS), torch.arange(KEYS).expand(2, -1) // 9)
+    program = added(live, MIN)
+    compare(bounding.run(program, *arguments), program, arguments)
+    assert bounding.sites == 1, bounding.reasons
+    assert bounding.calls[0][3].meta["val"].dtype in (torch.bool, torch.float32)
+
+
+def test_documents_stay_a_mask_where_gradients_flow(bounding):
+    torch._dynamo.reset()
+    program = added(documents, MIN)
+    q, k, v = (t.requires_grad_() for t in qkv(rows=KEYS, keys=KEYS))
+    m = torch.arange(KEYS).expand(2, -1) // 9
+    torch.compile(program, backend=bounding, fullgraph=True)(q, k, v, m).sum().backward()
+    assert bounding.calls[0][3].meta["val"].dtype == torch.bool
+
+
 def test_a_bias_beside_a_window(bounding):
     def program(q, k, v, m, bias):
         i, j = places(q, k)
@@ -394,3 +463,20 @@ def test_added_masks_that_leave_every_row_a_key_are_differentiated_by_sdpa(live,
     with fxopt.record() as rec:
         torch.compile(added(live, MIN), backend="fxopt", fullgraph=True)(*tensors, inputs()[3]).sum().backward()
     assert [site.implementation for site in rec.sites] == [implementation]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ordered", [False, True])
+def test_on_a_gpu_documents_are_numbers(ordered):
+    program = added(documents, torch.finfo(torch.bfloat16).min)
+    q, k, v = (t.to("cuda", torch.bfloat16) for t in qkv(rows=1024, keys=1024, width=64))
+    numbers = torch.arange(1024, device="cuda").expand(2, -1) // 130
+    numbers = numbers if ordered else numbers[:, torch.randperm(1024, device="cuda")]
+    torch._dynamo.reset()
+    with fxopt.record() as rec, torch.no_grad():
+        ours = torch.compile(program, backend="fxopt", fullgraph=True)(q, k, v, numbers)
+        eager, exact = program(q, k, v, numbers), program(q.double(), k.double(), v.double(), numbers)
+    assert [site.implementation for site in rec.sites] == ["triton"]
+    allowed = 2 * (eager.double() - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= allowed
