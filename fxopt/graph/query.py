@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import re
 from collections.abc import Iterator
@@ -155,18 +156,23 @@ def permutation(node: Node) -> tuple[int, ...] | None:
 
 def arguments(node: Node) -> dict[str, Any]:
     """All arguments of an ATen call by their schema's names, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    parameters = _parameters(node.target)
+    if parameters is None:
         return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    given, named = node.args, node.kwargs
     bound: dict[str, Any] = {}
-    for i, argument in enumerate(schema.arguments):
-        if i < len(node.args) and not argument.kwarg_only:
-            bound[argument.name] = node.args[i]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    for i, (name, keyword_only, default) in enumerate(parameters):
+        bound[name] = given[i] if i < len(given) and not keyword_only else named.get(name, default)
     return bound
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[tuple[str, bool, Any], ...] | None:
+    """(name, whether it is passed by keyword only, default) for each argument of an op; None for other functions."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return None
+    return tuple((a.name, a.kwarg_only, a.default_value if a.has_default_value() else None) for a in schema.arguments)
 
 
 def from_end(dim: int, rank: int) -> int:

@@ -37,16 +37,11 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten
 
 from fxopt.graph import autocast
+from fxopt.graph.fakes import fresh, is_static, look
 from fxopt.graph.query import is_mutable, storage
 
 #: functions of these modules record the same for the same arguments
 _MODULES = ("torch", "_operator", "math")
-
-#: arguments that their text tells apart
-_PLAIN = frozenset(
-    {bool, int, float, complex, str, type(None), type(...)}
-    | {torch.dtype, torch.device, torch.layout, torch.memory_format}
-)
 
 
 @dataclass(frozen=True)
@@ -110,16 +105,13 @@ class Replay:
 
 def _described(target: Any, leaves: Sequence[Any], tensors: Sequence[Tensor], tracer: Any) -> Hashable:
     """All that the nodes of a call depend on, or None where that can't be said."""
-    if not _is_known(target) or autocast.state():
+    if not _is_known(target) or autocast.state() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    slots: list[Any] = [get_proxy_slot(tensor, tracer, None) for tensor in tensors]
+    if any(slot is None or slot.constant is not None for slot in slots):
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    parts = [_leaf(leaf, tensors, tracer) for leaf in leaves]
-    if any(part is None for part in parts):
-        return None
-    return target, tuple(parts), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    looks = look(leaves)
+    return None if looks is None else (target, looks)
 
 
 def _is_known(target: Any) -> bool:
@@ -129,24 +121,6 @@ def _is_known(target: Any) -> bool:
         return target.namespace == "aten"
     plain = isinstance(target, (FunctionType, BuiltinFunctionType, type(Tensor.add)))
     return plain and (getattr(target, "__module__", None) or "").split(".")[0] in _MODULES
-
-
-def _leaf(leaf: Any, tensors: Sequence[Tensor], tracer: Any) -> Hashable:
-    """What a function can know of an argument before anything runs; None where that could be more than metadata."""
-    if isinstance(leaf, Tensor):
-        if type(leaf) is not FakeTensor or leaf.layout != torch.strided or leaf._has_symbolic_sizes_strides:
-            return None
-        slot: Any = get_proxy_slot(leaf, tracer, None)
-        if slot is None or slot.constant is not None or leaf.constant is not None or leaf.real_tensor is not None:
-            return None
-        which = next(i for i, tensor in enumerate(tensors) if tensor is leaf)
-        beside = next(i for i, tensor in enumerate(tensors) if storage(tensor) == storage(leaf))
-        flags = leaf.requires_grad, leaf.is_inference(), leaf.is_conj(), leaf.is_neg()
-        return which, beside, leaf.shape, leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.device, *flags
-    if isinstance(leaf, slice):
-        parts = leaf.start, leaf.stop, leaf.step
-        return ("slice", *parts) if all(part is None or type(part) is int for part in parts) else None
-    return (type(leaf), repr(leaf)) if type(leaf) in _PLAIN else None
 
 
 def _node(tensor: Tensor, tracer: Any) -> Node | None:
@@ -199,19 +173,10 @@ def _recording(
 
 def _can_be_copied(node: Node) -> bool:
     """Whether the node is a plain call that makes one static tensor and does nothing else."""
-    value = node.meta.get("val")
-    return (
-        isinstance(node.target, OpOverload)
-        and node.target.namespace == "aten"
-        and not is_mutable(node)
-        and type(value) is FakeTensor
-        and value.layout == torch.strided
-        and not value._has_symbolic_sizes_strides
-        and not (value.is_conj() or value.is_neg())
-        and value.constant is None
-        and value.real_tensor is None
-        and "unbacked_bindings" not in node.meta
-    )
+    value: Any = node.meta.get("val")
+    plain = isinstance(node.target, OpOverload) and node.target.namespace == "aten" and not is_mutable(node)
+    static = is_static(value) and not (value.is_conj() or value.is_neg())
+    return plain and static and "unbacked_bindings" not in node.meta
 
 
 def _copy(recording: _Recording, tensors: Sequence[Tensor], tracer: Any) -> Tensor:
@@ -249,6 +214,4 @@ def _value(made: _Made, values: Sequence[Tensor]) -> Tensor:
     if made.base is not None:
         with disable_proxy_modes_tracing():
             return values[made.base].as_strided(like.shape, like.stride(), like.storage_offset())
-    with torch._C._DisableTorchDispatch():
-        memory = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-    return FakeTensor(like.fake_mode, memory, like.device)
+    return fresh(like)

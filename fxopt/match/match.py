@@ -12,6 +12,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxopt.graph.fakes import Results
 from fxopt.graph.query import faking, val
 
 
@@ -26,6 +27,7 @@ class Match:
         tags: name -> which alternative of the pattern matched, or any other fact the finder noted
         made: the nodes that `call` made, in order
         insert_before: where the replacement stands; settled by the legality check
+        results: what fused ops returned for arguments that look alike, if that is kept
         moderate: values proved to be neither infinite nor so large that they mask: verification draws them so
     """
 
@@ -36,6 +38,7 @@ class Match:
     made: list[Node] = field(default_factory=list)
     insert_before: Node | None = None
     moderate: frozenset[Node] = frozenset()
+    results: Results | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.bindings[name]
@@ -61,8 +64,13 @@ class Match:
         function = getattr(target, "overload", target)
         graph = self.graph
         values = tree_map(val, (args, kwargs))
-        with self.fake_mode():
-            value = function(*values[0], **values[1])  # where this raises, nothing was inserted
+
+        def run() -> Any:
+            with self.fake_mode():
+                return function(*values[0], **values[1])
+
+        # Where this raises, nothing was inserted. A fused op returns memory of its own.
+        value = run() if self.results is None or function is target else self.results(run, function, values)
         with graph.inserting_before(self.insert_before or max(self.outputs)):
             node = graph.call_function(function, args, kwargs)
         node.meta["val"] = value

@@ -32,7 +32,9 @@ from torch.fx import Node
 
 from fxopt.graph.query import (
     CASTS,
+    COPIES,
     PERMUTES,
+    RESHAPES,
     arguments,
     from_end,
     is_cast,
@@ -106,9 +108,9 @@ class Call:
 
 def source(node: Any) -> Node | None:
     """What `node` is the same value as, one step back; None if it computes something."""
-    if not isinstance(node, Node) or node.op != "call_function" or not node.args:
+    if not isinstance(node, Node) or node.op != "call_function" or not _may_be_seen_through(node.target):
         return None
-    before = node.args[0]
+    before = node.args[0] if node.args else None
     if not isinstance(before, Node) or not isinstance(val(node), Tensor) or not isinstance(val(before), Tensor):
         return None
     if getattr(node.target, "namespace", "") == PRIVATE:
@@ -121,6 +123,13 @@ def source(node: Any) -> Node | None:
     if (is_reshape(node) or name in ("expand", "expand_as")) and same_shape(val(before).shape, val(node).shape):
         return before
     return None
+
+
+@functools.cache
+def _may_be_seen_through(target: Any) -> bool:
+    """Whether a call of `target` can be the same value as its first argument."""
+    named = _name(target) in ("mul", "expand", "expand_as")
+    return named or getattr(target, "namespace", "") == PRIVATE or target in COPIES | CASTS | RESHAPES
 
 
 def sources(node: Any) -> list[Any]:
@@ -307,6 +316,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+@functools.cache
 def _name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     if schema is None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from fxopt.graph.fakes import Results
 from fxopt.graph.query import SHADOW, is_mutable, module_path, source_line, storage, val, written_arguments
 from fxopt.graph.scope import Scope
 from fxopt.match.legality import illegality
@@ -98,6 +99,7 @@ class _Driver:
         self.applied: Counter[str] = Counter()
         self.limit = MAX_APPLICATIONS * len(graph.nodes)
         self.ledger: Ledger | None = None  # of the sweep under way, from its first application on
+        self.results = Results()
         self.told: set[tuple[str, str]] = set()  # (fusion, failure) that was warned of: layers fail alike
 
     def run(self) -> Outcome:
@@ -180,6 +182,7 @@ class _Driver:
         began = time.perf_counter()
         ledger = self.ledger = self.ledger or Ledger(self.graph)
         size = len(self.graph.nodes)
+        match.results = self.results
         try:
             made = self.watch(fusion.rewrite, match)
             replacements = made if isinstance(made, tuple) else (made,)
@@ -325,10 +328,18 @@ def _annotate(fusion: Fusion, match: Match, step: Step) -> None:
     """Give the new nodes the stack trace, module and origin of what they replace."""
     last = max(match.outputs)
     rewrite = Rewrite(step.fusion, step.rule, step.replaced, step.sources, step.module, step.verdict)
-    origins = [NodeSource(n, f"fxopt.{fusion.name}", NodeSourceAction.REPLACE) for n in sorted(match.nodes)]
+    origins = [_origin(n, f"fxopt.{fusion.name}") for n in sorted(match.nodes)]
     for node in match.made:
         for key in ("stack_trace", "nn_module_stack", "seq_nr"):
             if key in last.meta:
                 node.meta[key] = last.meta[key]
         node.meta["from_node"] = origins
         node.meta[PROVENANCE] = rewrite
+
+
+def _origin(node: Node, by: str) -> NodeSource:
+    """NodeSource(node, by, REPLACE), which copies the whole chain behind `node`; nobody changes that."""
+    source = NodeSource(None, by, NodeSourceAction.REPLACE)
+    source.node_info = NodeSource.NodeInfo(node.name, str(node.target), id(node.graph))
+    source.from_node = node.meta.get("from_node", [])
+    return source
