@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.graph.casts import casts_first
 from fxopt.graph.query import (
+    CASTS,
     SHARED,
     arguments,
     faking,
@@ -157,7 +158,8 @@ def _is_one(value: Any) -> bool:
 
 
 def _scalar_constants(module: GraphModule) -> int:
-    """`torch.tensor(0.5)` in a program becomes a burned-in attribute and a copy of it: make it a `full` instead."""
+    """`torch.tensor(0.5)` in a program becomes a burned-in attribute, a copy of it and, where it belongs on another
+    device, a copy of that: make it a `full` instead."""
     changed = 0
     for node in list(module.graph.nodes):
         if node.target is not aten.lift_fresh_copy.default or node.args[0].op != "get_attr":
@@ -167,25 +169,42 @@ def _scalar_constants(module: GraphModule) -> int:
             continue
         if constant.device.type != "cpu" or constant.is_complex():
             continue
-        with module.graph.inserting_before(node):
+        steps = [node]
+        while (following := _taken_further(steps[-1])) is not None:
+            steps.append(following)
+            constant = constant.to(val(following).dtype)
+        last = steps[-1]
+        with module.graph.inserting_before(last):
             full = module.graph.call_function(
                 aten.full.default,
                 (list(constant.shape), constant.item()),
-                {"dtype": constant.dtype, "device": constant.device},
+                {"dtype": constant.dtype, "device": val(last).device},
             )
-        full.meta = dict(node.meta)
-        node.replace_all_uses_with(full)
-        for user in list(full.users):
-            if user.target is aten.detach_.default:  # what torch.tensor() ends with
-                user.replace_all_uses_with(full)
-                module.graph.erase_node(user)
+        full.meta = dict(last.meta)
+        last.replace_all_uses_with(full)
         attribute = node.args[0]
-        module.graph.erase_node(node)
+        for step in reversed(steps):
+            module.graph.erase_node(step)
         if not attribute.users:
             module.graph.erase_node(attribute)
             delattr(module, str(attribute.target))
         changed += 1
     return changed
+
+
+def _taken_further(node: Node) -> Node | None:
+    """The cast, or copy to another device, that alone reads `node`: what torch.tensor() ends with, but for a `detach_`,
+    which is dropped."""
+    for user in list(node.users):
+        if user.target is aten.detach_.default:
+            user.replace_all_uses_with(node)
+            node.graph.erase_node(user)
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if user.target not in CASTS or user.args[0] is not node or val(user).is_complex():
+        return None
+    return user if val(user).numel() == 1 and val(user).layout == val(node).layout else None
 
 
 def _functionalise(graph: Graph, cut: frozenset[Node]) -> int:

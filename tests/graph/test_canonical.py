@@ -263,3 +263,39 @@ def test_a_number_in_an_input_that_is_written_to_is_read_where_it_was():
         compiled = torch.compile(program, backend=backend, fullgraph=True)
         for actual, expected in zip(compiled(x, torch.tensor(2.0)), program(x, torch.tensor(2.0)), strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+def _constant_on_a_gpu(*steps):
+    """A graph of `where(x, torch.tensor(0.3, device="cuda", dtype=torch.bfloat16), -1)`, as it is traced there: the
+    constant is made on the CPU, and the `steps` bring it over. That takes no GPU."""
+    graph, module = torch.fx.Graph(), torch.nn.Module()
+    module.register_buffer("constant", torch.tensor(0.3, dtype=torch.float64))
+    with FakeTensorMode() as mode:
+        x, there = torch.empty(3, dtype=torch.bool, device="cuda"), torch.empty((), dtype=torch.bfloat16, device="cuda")
+        here = mode.from_tensor(module.constant)
+        given, at = graph.placeholder("x"), graph.get_attr("constant")
+        given.meta["val"], at.meta["val"] = x, here
+        found = at
+        for target in steps:
+            more = (torch.bfloat16,) if target is aten.to.dtype else ()
+            named = {"dtype": torch.bfloat16, "device": x.device} if target is aten._to_copy.default else {}
+            found = graph.call_function(target, (found, *more), named)
+            found.meta["val"] = there if named else here if not more else here.to(torch.bfloat16)
+        where = graph.call_function(aten.where.ScalarOther, (given, found, -1.0))
+        where.meta["val"] = torch.empty(3, dtype=torch.bfloat16, device="cuda")
+    graph.output(where)
+    return torch.fx.GraphModule(module, graph)
+
+
+LIFT, MOVE, DETACH = aten.lift_fresh_copy.default, aten._to_copy.default, aten.detach_.default
+
+
+@pytest.mark.parametrize("steps", [(LIFT, MOVE, DETACH), (LIFT, DETACH, MOVE), (LIFT, aten.to.dtype, MOVE)])
+def test_a_number_on_a_gpu_is_a_number(steps):
+    module = _constant_on_a_gpu(*steps)
+    canonicalise(module)
+    (full,) = (node for node in module.graph.nodes if node.op == "call_function" and "where" not in str(node.target))
+    assert full.target is aten.full.default
+    assert full.args == ([], torch.tensor(0.3, dtype=torch.bfloat16).item())
+    assert full.kwargs == {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
+    assert not hasattr(module, "constant")
