@@ -74,8 +74,11 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
 
 
 def worth_listing(given: Operands, block_n: int) -> bool:
-    """Whether to look through the mask first: where several heads share it, and there are tiles to leave out."""
+    """Whether to look through the mask first: where it tells rows apart, several heads share it, and there are tiles to
+    leave out."""
     if given.mask is None or given.flags["MASK"] == SEGMENTS or (given.mask.stride(1) != 0 and given.mask.shape[1] > 1):
+        return False
+    if given.mask.stride(2) == 0:
         return False
     bounds = [t for t in (given.first, given.last) if t is not None]
     if any(t.stride(1) != 0 and t.shape[1] > 1 for t in bounds):

@@ -97,6 +97,13 @@ def dependent_launch(x: Tensor, programs: int, resident: int) -> dict[str, Any]:
 
 
 @lru_cache
+def capability(device: torch.device) -> int:
+    """The compute capability of a device, 90 for 9.0; where there is none to be asked, of an H100."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+@lru_cache
 def l2_cache(device: torch.device) -> int:
     """Bytes of the L2 cache of a device; where there is none to be asked, of an H100."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20

@@ -136,6 +136,8 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
 
 # From so many keys on, decoding is worth a kernel of its own.
 DECODE_KEYS = 1024
+# From so many scores on, a launch from the host takes no longer than what the kernel saves.
+MANY_SCORES = 1 << 22
 # From so many elements on, bounds are not made a mask for SDPA.
 MASK_ELEMENTS = 1 << 18
 # From so many rows on, copying K and V to put a sink beside them is little beside the products.
@@ -157,14 +159,15 @@ def _triton_unable(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
     """The one place that says where the Triton kernels are preferred: for few rows over many keys, and where SDPA
     can't help, would need the bounds of many rows as a mask, or the sink as a key, which costs a copy of K and V, half
-    a tile of width and a mask. A bias alone is no reason: T5-base's encoder, 16 times 512 tokens, takes SDPA 0.07 ms on
-    an H200 with the bias spread out, and the kernel 0.28 with the table. A slope is one: it is not read, and SDPA would
-    need it spread out."""
+    a tile of width and a mask. And in half precision where it would read a number for each score: for Swin's windows of
+    49 tokens it takes 6 times as long on an H200, with BLOOM's biases twice, with dense masks as long to twice."""
     _, _, _, softcap, sink, factor, first, last, bias = rest
     bounded = first is not None or last is not None
     if _beyond_sdpa(softcap, factor) is not None or sink is not None:  # type: ignore[arg-type]
         return None
-    if (bounded or _slopes(q, mask, bias)) and _many(q, k):  # type: ignore[arg-type]
+    if bounded and _many(q, k):
+        return None
+    if q.dtype.itemsize == 2 and _adds_to_each(q, mask, bias) and _much(q, k):  # type: ignore[arg-type]
         return None
     if not target.compiled:
         return "op by op, SDPA's launch costs the host less"
@@ -178,11 +181,17 @@ def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return None
 
 
-def _slopes(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a bias is computed and, beside it, nothing of M x N elements read, in half precision."""
-    if bias is None or bias.dim() != 2 or q.dtype.itemsize != 2:
-        return False
-    return mask is None or mask.dim() < 2 or known_equal(mask.shape[-2], 1)
+def _adds_to_each(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether rows and keys have numbers of their own, or would be given them for SDPA."""
+    if bias is not None:
+        return True
+    return mask is not None and mask.dim() >= 2 and known_true(mask.shape[-2] > 1)
+
+
+def _much(q: Tensor, k: Tensor) -> bool:
+    """Whether there are rows and scores for more than what launching the kernel takes the host."""
+    scores = hint(q.shape[0]) * hint(q.shape[1]) * hint(q.shape[2]) * hint(k.shape[2])
+    return hint(q.shape[2]) > MAX_DECODE_ROWS and scores >= MANY_SCORES
 
 
 def is_large(rows: Dim, keys: Dim) -> bool:

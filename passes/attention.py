@@ -67,8 +67,8 @@ class FuseAttention(Fusion):
     #: and where gradients flow: SDPA has them for masks that leave every row a key, not for numbers that are added
     bounds: bool | None = None
     #: biases by distance become tables of M + N - 1 numbers, a slope times the distance (ALiBi) the slope, and are told
-    #: apart from what masks rule out; None: on GPUs for many scores and biases that need no gradient, slopes in half
-    #: precision and in training, tables in training: without gradients SDPA is faster with a mask
+    #: apart from what masks rule out; None: on GPUs for many scores, in half precision, and in training for biases that
+    #: need no gradient
     tables: bool | None = None
 
     def find(self, node: Node, scope: Scope) -> Match | Miss | None:
@@ -100,10 +100,9 @@ class FuseAttention(Fusion):
         on_gpu = _on_gpu(val(roles.v.base))
         everywhere = self.bounds if self.bounds is not None else on_gpu or torch.is_grad_enabled()
         many = on_gpu and is_large(*roles.sizes[ROWS:])
-        tables = slopes = self.tables
+        tables = self.tables
         if tables is None:
-            tables = many and torch.is_grad_enabled()
-            slopes = tables or (many and val(roles.v.base).dtype.itemsize == 2)
+            tables = many and (torch.is_grad_enabled() or val(roles.v.base).dtype.itemsize == 2)
         empty_rows = "uniform" if arranged.uniform else roles.empty_rows
         bounds = read_bounds(
             arranged,
@@ -113,7 +112,7 @@ class FuseAttention(Fusion):
             empty_rows,
             everywhere=everywhere,
             tables=tables,
-            slopes=bool(slopes),
+            slopes=tables,
             scattered=not torch.is_grad_enabled() and (self.bounds or (self.bounds is None and many)),
             learned=bool(self.tables) or not torch.is_grad_enabled(),
         )

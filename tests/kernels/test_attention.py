@@ -311,6 +311,31 @@ def test_which_implementation_serves_where(target, args, chosen):
     assert all(reason for _, reason in passed_over)
 
 
+def sizes(batch, heads, rows, keys, *, mask=None, bias=None, dtype=torch.bfloat16):
+    """Arguments that are nothing but their shapes."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = empty(batch, heads, rows, 64), empty(batch, heads, keys, 64)
+    more = [None if shape is None else empty(*shape) for shape in (mask, bias)]
+    return attention.bind(q, k, k, more[0], 0.125, bias=more[1])
+
+
+@pytest.mark.parametrize("args, expected", [
+    (sizes(4096, 3, 49, 49, mask=(1, 3, 49, 49)), "triton"),  # Swin's windows
+    (sizes(8, 16, 1024, 1024, bias=(1, 16, 1, 1024)), "triton"),  # BLOOM's ALiBi
+    (sizes(16, 12, 512, 512, bias=(1, 12, 1023)), "triton"),  # T5's relative positions
+    (sizes(16, 12, 512, 512, mask=(16, 1, 1, 512)), "sdpa"),  # padding
+    (sizes(16, 12, 512, 512), "sdpa"),
+    (sizes(2, 12, 64, 64, mask=(1, 12, 64, 64)), "sdpa"),  # too little to do
+    (sizes(4096, 64, 1, 64, mask=(1, 64, 1, 64)), "sdpa"),
+    (sizes(16, 12, 512, 512, mask=(1, 12, 512, 512), dtype=torch.float32), "sdpa"),
+])  # fmt: skip
+def test_what_is_read_for_each_score_is_read_by_the_kernel(args, expected):
+    assert attention.select(Target(CUDA), *args)[0].name == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

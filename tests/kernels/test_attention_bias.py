@@ -185,14 +185,14 @@ CUDA, PADDING = Target(torch.device("cuda")), torch.ones(B, 1, 1, 1024, dtype=to
 
 
 @pytest.mark.parametrize("target, rows, given, chosen", [
-    (CUDA, 1024, {}, "sdpa"),
+    (CUDA, 1024, {}, "triton"),
     (CUDA, 64, {}, "sdpa"),
     (CUDA, 1024, {"last": torch.arange(1024)}, "triton"),
     (replace(CUDA, opaque=False), 1024, {}, "sdpa"),
     (Target(torch.device("cpu")), 1024, {}, "sdpa"),
     (CUDA, 1024, {"bias": torch.ones(1, HQ)}, "triton"),
     (CUDA, 1024, {"bias": torch.ones(1, HQ), "mask": PADDING}, "triton"),
-    (CUDA, 1024, {"bias": torch.ones(1, HQ), "mask": torch.ones(1, 1, 1024, 1024)}, "sdpa"),
+    (CUDA, 1024, {"bias": torch.ones(1, HQ), "mask": torch.ones(1, 1, 1024, 1024)}, "triton"),
     (CUDA, 64, {"bias": torch.ones(1, HQ)}, "sdpa"),
     (Target(torch.device("cpu")), 1024, {"bias": torch.ones(1, HQ)}, "sdpa"),
     (replace(CUDA, training=True), 1024, {"bias": torch.ones(1, HQ)}, "triton_trained"),

@@ -37,7 +37,8 @@ def test_batches_of_a_head_follow_each_other_where_they_share_its_mask(monkeypat
     monkeypatch.setattr(_triton, "l2_cache", lambda device: 2 * 2 * 130 * 32 * 4)
     mask = torch.randn(shape, device=DEVICE)
     given = _flash_parts.operands(q, k, v, mask, False, "nan", None, None, None, None, None)
-    assert _flash_parts.batch_inner(given) and _flash_parts.section(given) == 6
+    assert _flash_parts.batch_inner(given)
+    assert _flash_parts.section(given) == 6
     result = flash_attention(q, k, v, mask, 0.25, False, "nan")
     torch.testing.assert_close(result, attention.reference(q, k, v, mask, 0.25, False, "nan"))
 
