@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 from fxopt.graph.symbols import known_true
-from fxopt.kernels import _attention_sdpa, _flash, _flash_backward, _flash_decode, _flash_parts, _flash_tiles, _triton
+from fxopt.kernels import (
+    _attention_sdpa,
+    _flash,
+    _flash_backward,
+    _flash_decode,
+    _flash_parts,
+    _flash_tiles,
+    _launch,
+    _triton,
+)
 from fxopt.kernels._attention_sdpa import causal, group_rows, spread, within_bounds
 from fxopt.kernels._flash_parts import MAX_WIDTH
 from fxopt.ops import Target, fused_op
 
-_MODULES = (_triton, _flash, _flash_backward, _flash_decode, _flash_parts, _flash_tiles, _attention_sdpa)
+_MODULES = (_triton, _launch, _flash, _flash_backward, _flash_decode, _flash_parts, _flash_tiles, _attention_sdpa)
 #: what both ops and `attention` are written in, beside their own files
 SOURCES = [__file__, *(str(module.__file__) for module in _MODULES)]
 _ARGUMENTS = (
