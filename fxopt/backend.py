@@ -38,6 +38,7 @@ from fxopt.lower.compile import (
 )
 from fxopt.lower.identity import pass_identity
 from fxopt.lower.implementations import Choice, place_implementations
+from fxopt.lower.integers import without_integers
 from fxopt.lower.outline_compile import describe, outlined
 from fxopt.ops import ANYWHERE, Target
 from fxopt.options import Options
@@ -151,7 +152,11 @@ def _rewritten(
             if not sum([_fuse(part, selected, verifier, report) for part in parts]):
                 return None
             _place(parts, target, report)
-            return run_without(_compile_outlined(parts[0], example_inputs, options, target.training, report))
+            counted = without_integers(parts[0], example_inputs) if target.cuda_graphs and not target.training else None
+            if counted is None:
+                return run_without(_compile_outlined(parts[0], example_inputs, options, target.training, report))
+            run = _compile_outlined(counted.module, counted.inputs, options, target.training, report)
+            return run_without(counted.wrapped(run))
 
 
 def _normalise(module: GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> list[GraphModule]:
