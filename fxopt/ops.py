@@ -152,7 +152,7 @@ class FusedOp:
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """All arguments of a call, in order, defaults filled in."""
-        signature = inspect.signature(self.reference)
+        signature = _signature_of(self.reference)
         if "config" not in signature.parameters:
             kwargs.pop("config", None)  # how an implementation is launched is not the op's
         bound = signature.bind(*args, **kwargs)
@@ -406,6 +406,9 @@ def versions() -> list[str]:
         {str(overload) for overload in _OPS}
         | {f"{op.overload} {i.name} {i.version}" for op in _OPS.values() for i in op.implementations}
     )
+
+
+_signature_of = functools.lru_cache(maxsize=256)(inspect.signature)
 
 
 def find_op(target: Any) -> FusedOp | None:

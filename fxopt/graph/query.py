@@ -166,7 +166,7 @@ def arguments(node: Node) -> dict[str, Any]:
     return bound
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _parameters(target: Any) -> tuple[tuple[str, bool, Any], ...] | None:
     """(name, whether it is passed by keyword only, default) for each argument of an op; None for other functions."""
     schema = getattr(target, "_schema", None)
@@ -222,14 +222,24 @@ _HIDDEN_WRITES = {
 
 def is_mutable(node: Node) -> bool:
     """Whether the node's op writes to one of its arguments."""
-    if is_inactive_dropout(node):
+    if not _may_write(node.target) or is_inactive_dropout(node):
         return False
     schema = getattr(node.target, "_schema", None)
     return bool(schema is not None and schema.is_mutable) or bool(_hidden_writes(node))
 
 
+@functools.lru_cache(maxsize=4096)
+def _may_write(target: Any) -> bool:
+    """Whether some call of `target` writes to an argument."""
+    schema = getattr(target, "_schema", None)
+    stated = schema is not None and schema.is_mutable
+    return stated or target in _HIDDEN_WRITES or isinstance(target, torch._ops.HigherOrderOperator)
+
+
 def written_arguments(node: Node) -> list[Node]:
     """The nodes whose values `node` writes to: by its schema, or by what is known of the op."""
+    if not _may_write(node.target):
+        return []
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable or is_inactive_dropout(node):
         return _hidden_writes(node)

@@ -6,6 +6,7 @@ the order of two nodes is read off the nodes themselves, so inserting a node inv
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,14 +23,21 @@ StorageId = int
 
 def storages(node: Any) -> frozenset[StorageId]:
     """The storages that a node's value lives in. Views share the storage of their base, also among fake tensors."""
-    return frozenset(found for leaf in tree_leaves(val(node)) if (found := storage(leaf)) is not None)
+    value = val(node)
+    leaves = (value,) if isinstance(value, Tensor) else tree_leaves(value)
+    return frozenset(found for leaf in leaves if (found := storage(leaf)) is not None)
 
 
 def is_random(node: Node) -> bool:
     """Whether the node draws random numbers (attention with a drop probability of zero doesn't)."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    if not _may_draw(node.target):
         return False
     return arguments(node).get("dropout_p") != 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_draw(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def is_barrier(node: Node) -> bool:

@@ -125,7 +125,7 @@ def source(node: Any) -> Node | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _may_be_seen_through(target: Any) -> bool:
     """Whether a call of `target` can be the same value as its first argument."""
     named = _name(target) in ("mul", "expand", "expand_as")
@@ -316,7 +316,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     if schema is None:
