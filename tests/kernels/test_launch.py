@@ -69,6 +69,7 @@ KINDS = {
     "window": lambda: {"first": numbers() - 9, "last": numbers()},
     "segments": lambda: {"mask": torch.cat([numbers(), numbers()], -1), "first": numbers() - 9},
     "slopes": lambda: {"bias": torch.rand(1, H)},
+    "by distance": lambda: {"bias": torch.rand(1, H, 2 * N - 1)},
     "by key": lambda: {"bias": torch.rand(B, H, 1, N)},
 }
 
@@ -125,7 +126,7 @@ def test_other_layouts_are_other_launches(kernel):
 
 
 @pytest.mark.parametrize("given", [
-    {"bias": torch.rand(1, H, 2 * N - 1)},  # read from its middle on
+    {"bias": torch.rand(1, 2 * N - 1, H).mT},
     {"mask": torch.zeros(B, H, N, N, dtype=torch.float64)},
     {"sink": torch.zeros(1, H, 1, 1, dtype=torch.float64)},
     {"mask": torch.zeros(N, N), "config": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
