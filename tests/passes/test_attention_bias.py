@@ -506,6 +506,20 @@ def fixed(w, i, j):
     return torch.exp2(-torch.arange(1.0, HEADS + 1, device=i.device))[:, None, None] * (j - i)
 
 
+@pytest.mark.parametrize("of, dims", [(fixed, 2), (alibi, 0)])
+def test_on_a_gpu_slopes_that_are_not_learned_are_the_default_in_training(fuser, monkeypatch, of, dims):
+    monkeypatch.setattr("fxopt.passes.attention._on_gpu", lambda value: True)
+    monkeypatch.setattr("fxopt.passes.attention.is_large", lambda rows, keys: True)
+    monkeypatch.setattr(attending, "FUSIONS", (RaiseSoftmax(), RaiseEinsum(), FuseAttention()))
+    torch._dynamo.reset()
+    program = Bias(of, HEADS, mask=causal)
+    leaves = [t.requires_grad_() for t in inputs()[:3]]
+    torch.compile(program, backend=fuser, fullgraph=True)(*leaves).sum().backward()
+    assert fuser.sites == 1, fuser.reasons
+    (call,) = fuser.calls
+    assert (len(call[12].meta["val"].shape) if len(call) == 13 else 0) == dims
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("of, implementation", [(fixed, "triton_trained"), (alibi, "decomposed")])
