@@ -46,6 +46,7 @@ def canonicalise(module: GraphModule) -> int:
     graph = module.graph
     dropped = _inactive_dropout(graph)
     written = _written_storages(graph)
+    reshaped = _reshaped_storages(graph)
     returned = set(graph.output_node().all_input_nodes)
     given_out = frozenset[int]().union(*map(storages, returned))
     differentiated = gradients_on(graph)  # where they can flow, `detach` is no alias
@@ -59,6 +60,8 @@ def canonicalise(module: GraphModule) -> int:
             same = node.args[0]
         if node in cut and same not in cut:
             same = None  # it is the same tensor, but for the gradient
+        if storages(node) & reshaped:
+            same = None  # it is a tensor of its own, whose shape may be another one by now
         if same is not None and node not in returned:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -73,6 +76,12 @@ def canonicalise(module: GraphModule) -> int:
     changed += _erase_unused(graph)
     module.recompile()
     return changed
+
+
+def _reshaped_storages(graph: Graph) -> frozenset[int]:
+    """The memory of tensors that are given another shape in place (`t_`, `unsqueeze_`, `resize_`)."""
+    nodes = [n for n in graph.nodes if torch.Tag.inplace_view in getattr(n.target, "tags", ())]
+    return frozenset[int]().union(*(storages(written) for n in nodes for written in written_arguments(n)))
 
 
 def _erase_unused(graph: Graph) -> int:

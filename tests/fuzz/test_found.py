@@ -106,3 +106,14 @@ def test_a_mask_that_is_overwritten_after_its_use_is_what_it_was():
         return out, mask.zero_()
 
     assert run(program, x, w).counts() == {"attention": 1}
+
+
+@torch.no_grad()
+def test_a_view_that_is_given_another_shape_in_place_is_not_its_base():
+    """The input had that shape from then on."""
+
+    def program(x, w, other):
+        other.view_as(other).unsqueeze_(0)
+        return rms(x, x, w)
+
+    assert run(program, x, w, torch.randn(3)).counts() == {"rms_norm": 1}
