@@ -137,7 +137,7 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
 # From so many keys on, decoding is worth a kernel of its own.
 DECODE_KEYS = 1024
 # From so many scores on, a launch from the host takes no longer than what the kernel saves.
-MANY_SCORES = 1 << 22
+MANY_SCORES = 1 << 21
 # From so many elements on, bounds are not made a mask for SDPA.
 MASK_ELEMENTS = 1 << 18
 # From so many rows on, copying K and V to put a sink beside them is little beside the products.
@@ -185,7 +185,7 @@ def _adds_to_each(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
     """Whether rows and keys have numbers of their own, or would be given them for SDPA."""
     if bias is not None:
         return True
-    return mask is not None and mask.dim() >= 2 and known_true(mask.shape[-2] > 1)
+    return mask is not None and mask.dim() >= 2 and known_true(mask.shape[-2] > 1) and not known_equal(mask.stride(-2), 0)
 
 
 def _much(q: Tensor, k: Tensor) -> bool:

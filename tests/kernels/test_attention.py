@@ -326,6 +326,7 @@ def sizes(batch, heads, rows, keys, *, mask=None, bias=None, dtype=torch.bfloat1
     (sizes(4096, 3, 49, 49, mask=(1, 3, 49, 49)), "triton"),  # Swin's windows
     (sizes(8, 16, 1024, 1024, bias=(1, 16, 1, 1024)), "triton"),  # BLOOM's ALiBi
     (sizes(16, 12, 512, 512, bias=(1, 12, 1023)), "triton"),  # T5's relative positions
+    (sizes(64, 24, 49, 49, mask=(1, 24, 49, 49)), "triton"),
     (sizes(16, 12, 512, 512, mask=(16, 1, 1, 512)), "sdpa"),  # padding
     (sizes(16, 12, 512, 512), "sdpa"),
     (sizes(2, 12, 64, 64, mask=(1, 12, 64, 64)), "sdpa"),  # too little to do
