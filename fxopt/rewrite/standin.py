@@ -64,7 +64,9 @@ class Sizes:
         if found is None:
             if self.symbols:
                 small = {a: sympy.Integer(self.statics.get(int(a), int(a))) for a in expression.atoms(sympy.Integer)}
-                found = int(expression.xreplace(small | self.symbols))
+                chosen = expression.xreplace(small | self.symbols)
+                # A symbol that no input has: where its hint doesn't fit the rest, the program says so when it is run.
+                found = int(hint(value)) if chosen.free_symbols else int(chosen)
             else:
                 found = int(hint(value))
             self._known[expression] = found

@@ -117,3 +117,15 @@ def test_a_view_that_is_given_another_shape_in_place_is_not_its_base():
         return rms(x, x, w)
 
     assert run(program, x, w, torch.randn(3)).counts() == {"rms_norm": 1}
+
+
+@torch.no_grad()
+def test_sizes_that_were_not_known_to_be_equal_at_first():
+    """The verification raised on a symbol that it had no stand-in for, with a warning."""
+
+    def program(x, w):
+        scores = torch.einsum("...ij,...kj->...ik", rms(x, x, w), x.pow(2).mean(-1, keepdim=True))
+        e = torch.exp(scores - scores.amax(0, keepdim=True))
+        return e / e.sum(0, keepdim=True)
+
+    run(program, torch.randn(2, 3, 5), torch.randn(5), dynamic=True)
