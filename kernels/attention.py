@@ -185,7 +185,9 @@ def _adds_to_each(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
     """Whether rows and keys have numbers of their own, or would be given them for SDPA."""
     if bias is not None:
         return True
-    return mask is not None and mask.dim() >= 2 and known_true(mask.shape[-2] > 1) and not known_equal(mask.stride(-2), 0)
+    return (
+        mask is not None and mask.dim() >= 2 and known_true(mask.shape[-2] > 1) and not known_equal(mask.stride(-2), 0)
+    )
 
 
 def _much(q: Tensor, k: Tensor) -> bool:

@@ -133,3 +133,20 @@ def test_mixed_devices():
     run = torch.compile(lambda x, scale: torch.nn.functional.rms_norm(x * scale, (8,)), backend="fxopt")
     x, scale = torch.randn(3, 8, device="cuda"), torch.tensor(2.0)
     torch.testing.assert_close(run(x, scale), torch.nn.functional.rms_norm(x * scale, (8,)))
+
+
+def test_a_mask_of_numbers_made_on_the_gpu_is_read():
+    """`torch.tensor(0.0, device=...)` is a constant in the GPU's memory, and transformers' masks are made of it."""
+
+    def program(q, k, v):
+        i, j = torch.arange(600, device=q.device)[:, None], torch.arange(600, device=q.device)[None]
+        zero = torch.tensor(0.0, device=q.device, dtype=q.dtype)
+        mask = torch.where(j <= i, zero, torch.finfo(q.dtype).min)
+        return torch.softmax(q @ k.mT * 0.125 + mask, -1) @ v
+
+    q, k, v = (torch.randn(1, 4, 600, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    with fxopt.record() as rec, torch.no_grad():
+        ours = torch.compile(program, backend="fxopt", fullgraph=True)(q, k, v)
+    (call,) = [line for graph in rec.graphs for line in graph.after.splitlines() if "fxopt.attention" in line]
+    assert "None, 0.125, True" in call
+    closer_or_as_close(ours, program(q, k, v), program(q.double(), k.double(), v.double()))

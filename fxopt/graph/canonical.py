@@ -176,7 +176,7 @@ def _scalar_constants(module: GraphModule) -> int:
         constant = getattr(module, str(node.args[0].target), None)
         if not isinstance(constant, Tensor) or type(constant) is not Tensor or constant.numel() != 1:
             continue
-        if constant.device.type != "cpu" or constant.is_complex():
+        if constant.device.type == "meta" or constant.is_complex():
             continue
         steps = [node]
         while (following := _taken_further(steps[-1])) is not None:
