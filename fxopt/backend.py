@@ -153,7 +153,9 @@ def _rewritten(
                 return None
             _place(parts, target, report)
             counted = without_integers(parts[0], example_inputs) if target.cuda_graphs and not target.training else None
-            if counted is None:
+            if isinstance(counted, str):
+                report.notes.append(f"a CUDA graph is recorded for each value of its integers: {counted}")
+            if counted is None or isinstance(counted, str):
                 return run_without(_compile_outlined(parts[0], example_inputs, options, target.training, report))
             run = _compile_outlined(counted.module, counted.inputs, options, target.training, report)
             return run_without(counted.wrapped(run))

@@ -167,7 +167,7 @@ def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
         return None
     if bounded and _many(q, k):
         return None
-    if q.dtype.itemsize == 2 and _adds_to_each(q, mask, bias) and _much(q, k):  # type: ignore[arg-type]
+    if q.dtype.itemsize == 2 and _adds_to_each(mask, bias) and _much(q, k):  # type: ignore[arg-type]
         return None
     if not target.compiled:
         return "op by op, SDPA's launch costs the host less"
@@ -181,7 +181,7 @@ def _triton_pays(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return None
 
 
-def _adds_to_each(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
+def _adds_to_each(mask: Tensor | None, bias: Tensor | None) -> bool:
     """Whether rows and keys have numbers of their own, or would be given them for SDPA."""
     if bias is not None:
         return True

@@ -23,7 +23,7 @@ _PLAIN = frozenset(
 )
 
 
-def is_static(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether `value` is a plain fake tensor: strided, its sizes numbers, its elements unknown."""
     return (
         type(value) is FakeTensor
@@ -40,7 +40,7 @@ def look(leaves: Sequence[Any]) -> Hashable:
     Equal for two calls only where a function does the same in both, if nothing is differentiated.
     """
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not all(map(is_static, tensors)):
+    if not all(map(is_plain, tensors)):
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
@@ -90,6 +90,6 @@ class Results:
         returned = tree_leaves(result)
         memory = [storage(value) for value in (*leaves, *returned) if isinstance(value, Tensor)]
         apart = len(set(memory)) == len({id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}) + len(returned)
-        if apart and all(map(is_static, returned)):
+        if apart and all(map(is_plain, returned)):
             self._known[key] = result
         return result

@@ -37,7 +37,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten
 
 from fxopt.graph import autocast
-from fxopt.graph.fakes import fresh, is_static, look
+from fxopt.graph.fakes import fresh, is_plain, look
 from fxopt.graph.query import is_mutable, storage
 
 #: functions of these modules record the same for the same arguments
@@ -175,7 +175,7 @@ def _can_be_copied(node: Node) -> bool:
     """Whether the node is a plain call that makes one static tensor and does nothing else."""
     value: Any = node.meta.get("val")
     plain = isinstance(node.target, OpOverload) and node.target.namespace == "aten" and not is_mutable(node)
-    static = is_static(value) and not (value.is_conj() or value.is_neg())
+    static = is_plain(value) and not (value.is_conj() or value.is_neg())
     return plain and static and "unbacked_bindings" not in node.meta
 
 

@@ -54,22 +54,27 @@ class WithoutIntegers:
     wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def without_integers(module: GraphModule, example_inputs: Sequence[Any]) -> WithoutIntegers | None:
-    """`module` (which is left as it is) without integer inputs; None where it has none, or needs one as it is."""
+def without_integers(module: GraphModule, example_inputs: Sequence[Any]) -> WithoutIntegers | str | None:
+    """`module` (which is left as it is) without integer inputs; why it needs one as it is; None where it has none."""
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     given = [i for i, node in enumerate(placeholders) if isinstance(val(node), SymInt)]
-    numbers = _numbers(module.graph)
-    if not given or numbers is None:
+    if not given:
         return None
+    numbers = _numbers(module.graph)
+    if numbers is None:
+        return "a size, or a number other than an integer, depends on one"
     devices = {x.device for x in example_inputs if isinstance(x, Tensor)}
     read = list(dict.fromkeys(n for node in module.graph.nodes for n in _read(node, numbers)))
-    if len(devices) != 1 or not all(_serves(node, numbers) for node in module.graph.nodes):
-        return None
+    if len(devices) != 1:
+        return "the inputs are on several devices"
+    needing = next((node for node in module.graph.nodes if not _serves(node, numbers)), None)
+    if needing is not None:
+        return f"{needing.name} ({needing.target}) would not compute the same with a tensor"
     mode = detect_fake_mode(list(example_inputs)) or detect_fake_mode([val(p) for p in placeholders])
     (device,) = devices
     made = _copy(module, numbers, read, lambda: _empty(mode, device))
     if made is None:
-        return None
+        return "a result would have another dtype or shape"
     outputs = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
     host = _host_program(module, numbers, [*read, *(o for o in outputs if o in numbers)])
     kept = [i for i in range(len(placeholders)) if i not in given]

@@ -71,30 +71,33 @@ def run(of, device, mode="reduce-overhead"):
             torch.testing.assert_close(step(x.clone()), eager(x))
             assert (cache.seen, type(cache.seen)) == (expected.seen, int)
     assert rec.counts()["rms_norm"] == len(rec.graphs) >= 2  # one for the first number, one for others
+    return [note for graph in rec.graphs for note in graph.notes if "integers" in note]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("of", [rows, compared, whole])
 def test_integers_become_tensors(compiled_for, of, device):
-    run(of, device)
+    assert not run(of, device)
     assert not any(isinstance(x, (int, SymInt)) for x in compiled_for[-1])
     assert any(x.shape == () and x.dtype == torch.int64 for x in compiled_for[-1])
 
 
-@pytest.mark.parametrize("of", [
-    lambda x, n: x.new_zeros(n),  # a size
-    lambda x, n: x[:, : n % 7 + 1],  # a size, computed
-    lambda x, n: x * n,  # not exact: half precision would round the tensor
-    lambda x, n: x.sum(1) + torch.arange(5, device=x.device) / n,
-    lambda x, n: x.sum(1) + torch.arange(n, n + 5, device=x.device),
+@pytest.mark.parametrize("of, reason", [
+    (lambda x, n: x.new_zeros(n), "a size"),
+    (lambda x, n: x[:, : n % 7 + 1], "a size"),
+    (lambda x, n: x * n, "mul"),  # not exact: half precision would round the tensor
+    (lambda x, n: x.sum(1) + torch.arange(5, device=x.device) / n, "div"),
+    (lambda x, n: x.sum(1) + torch.arange(n, n + 5, device=x.device), "arange"),
 ])  # fmt: skip
-def test_others_stay(compiled_for, of):
-    run(of, "cpu")
+def test_others_stay_and_say_why(compiled_for, of, reason):
+    notes = run(of, "cpu")
+    assert notes
+    assert all(reason in note for note in notes)
     assert any(isinstance(x, (int, SymInt)) for x in compiled_for[-1])
 
 
 def test_only_where_graphs_are_replayed(compiled_for):
-    run(rows, "cpu", mode="default")
+    assert not run(rows, "cpu", mode="default")
     assert any(isinstance(x, (int, SymInt)) for x in compiled_for[-1])
 
 
