@@ -29,6 +29,7 @@ from fxopt.lower.after_aot import compile_after_aot, run_after_aot, serves
 from fxopt.lower.compile import (
     compile_graph,
     gradients_flow,
+    launches,
     missing_compiler,
     patches,
     run_eagerly,
@@ -36,6 +37,7 @@ from fxopt.lower.compile import (
     uses_cuda_graphs,
     warn_once,
 )
+from fxopt.lower.counters import count_together
 from fxopt.lower.identity import pass_identity
 from fxopt.lower.implementations import Choice, place_implementations
 from fxopt.lower.integers import without_integers
@@ -152,6 +154,8 @@ def _rewritten(
             if not sum([_fuse(part, selected, verifier, report) for part in parts]):
                 return None
             _place(parts, target, report)
+            if not target.training and launches(example_inputs):
+                count_together(parts[0])
             counted = without_integers(parts[0], example_inputs) if target.cuda_graphs and not target.training else None
             if isinstance(counted, str):
                 report.notes.append(f"a CUDA graph is recorded for each value of its integers: {counted}")

@@ -30,9 +30,9 @@ class Options:
         tune: "auto": opaque kernels are used where they were measured to pay, here before or in what ships with fxopt;
             "full": what was not measured before is measured now (seconds an op), verified first, and remembered;
             "off": only implementations that Inductor sees into, so that nothing depends on a measurement
-        outline: "auto": layers that repeat are compiled once, in inference, where that costs nothing at run time: on a
-            GPU in CUDA graphs, on the CPU unless they write caches; "always": wherever torch can, in training too,
-            where Inductor then reuses no memory; "off": every layer is compiled for itself
+        outline: "auto": layers that repeat are compiled once, in inference, where that costs nothing at run time: on
+            the CPU, and on a GPU in CUDA graphs, unless they write caches; "always": wherever torch can, in training
+            too, where Inductor then reuses no memory; "off": every layer is compiled for itself
         mode: Inductor's mode (torch.compile refuses mode= and options= together, so it can be given here)
         inductor: options passed on to Inductor
     """

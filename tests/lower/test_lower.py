@@ -173,3 +173,49 @@ def test_compiler_processes_are_started_for_gpus(monkeypatch, device, started):
     with FakeTensorMode():
         start_compilers([3, torch.empty(2), torch.empty(2, device=device)])
     assert len(calls) == started
+
+
+@pytest.fixture
+def compile_fx(monkeypatch):
+    """Configurations that Inductor is asked to compile with; with one that it is told to refuse it fails."""
+    configs: list = []
+
+    def compile_fx(module, inputs, config_patches):
+        configs.append(config_patches)
+        if config_patches.get("combo_kernels") in refused:
+            raise RuntimeError("no such kernel")
+        return module.forward
+
+    refused: list = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return configs, refused
+
+
+def _asked(configs, *, device="cuda", **options):
+    with FakeTensorMode(), torch.no_grad():
+        module = torch.fx.symbolic_trace(torch.nn.Identity())
+        compile_graph(module, [torch.empty(2, device=device)], Options.parse(None, options, ()))
+    return [config.get("combo_kernels") for config in configs]
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"mode": "reduce-overhead"}, [True]),
+        ({"mode": "reduce-overhead", "inductor": {"combo_kernels": False}}, [False]),
+        ({"mode": "reduce-overhead", "device": "cpu"}, [None]),
+        ({}, [None]),
+    ],
+)
+def test_small_kernels_are_launched_together_in_cuda_graphs(compile_fx, options, asked):
+    assert _asked(compile_fx[0], **options) == asked
+
+
+def test_what_inductor_cannot_launch_together_it_launches_one_by_one(compile_fx, caplog):
+    configs, refused = compile_fx
+    refused.append(True)
+    assert _asked(configs, mode="reduce-overhead") == [True, None]
+    assert "no such kernel" in caplog.text
+    refused.append(None)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        _asked(configs, mode="reduce-overhead")
