@@ -3,7 +3,8 @@
 All query rows of one KV head go into one tile, so that K and V are read once whatever the group. Each program takes
 every S-th tile of keys (S splits) within the rows' bounds, and one more kernel brings the splits together. A tile that
 the mask rules out for every row is skipped before K and V are loaded: a static cache costs what it holds, not what it
-could, and as tiles are dealt out in turn, what it holds is spread over all programs, wherever it lies.
+could, and as tiles are dealt out in turn, what it holds is spread over all programs, wherever it lies. Where one row of
+the mask is that of all query rows, several tiles are judged by one load: tile by tile, each look would wait for memory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,29 @@ MAX_SPLITS = 64
 
 
 @jit
+def _live_tiles(  # type: ignore[no-untyped-def]
+    mask, m_key, start, step, keys, any_flat,
+    MASK: tl.constexpr, SKIP_MINIMA: tl.constexpr, FLAT: tl.constexpr, MINIMUM: tl.constexpr, BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Which of AT_ONCE tiles, from `start` on at distances of `step`, have a key that one row of a mask leaves live: a
+    bit each."""
+    tile = tl.arange(0, AT_ONCE)
+    key = start + (tile * step)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    there = key < keys
+    entries = tl.load(mask + key.to(tl.int64) * m_key, mask=there, other=0)
+    if MASK == 1:
+        live = there & (entries != 0)
+    else:
+        live = there & (entries != float("-inf"))
+        if SKIP_MINIMA:
+            live = live & (any_flat | ~(entries.to(tl.float32) <= MINIMUM))
+    if FLAT:
+        live = live | (there & any_flat)
+    return tl.sum(tl.max(live.to(tl.int32), 1) << tile, 0)
+
+
+@jit
 def _split_kernel(  # type: ignore[no-untyped-def]
     q, k, v, mask, factor, bias, sink, first, last, out, partial, tops, weights,
     kv_heads, group, rows, keys, scale, cap,
@@ -48,7 +72,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     first_batch, first_head, first_row, last_batch, last_head, last_row,
     MASK: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
     SKIP_MINIMA: tl.constexpr, IS_CAUSAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, EMPTY: tl.constexpr,
-    DIRECT: tl.constexpr,
+    DIRECT: tl.constexpr, ONE_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -56,9 +80,11 @@ def _split_kernel(  # type: ignore[no-untyped-def]
 
     -inf and False rule a key out. With SKIP_MINIMA so does finfo.min, in rows that have a live key anywhere, beside
     which its weight is exactly 0; a scan settles that first, and which rows are averages where empty ones are. It ends
-    as soon as every row has a live key, so it is one tile long unless a row's first keys are padding.
+    as soon as every row has a live key, so it is one tile long unless a row's first keys are padding. With ONE_ROW all
+    rows have the same row of the mask.
     """
     MINIMUM: tl.constexpr = -1.7e38  # half of finfo.min, of bfloat16 and float32 alike; nothing else is that low
+    AT_ONCE: tl.constexpr = 16  # tiles
     FLAT: tl.constexpr = (EMPTY == 2) and (MASK != 0 or FIRST or LAST)
     split = tl.program_id(1)
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
@@ -118,21 +144,35 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         averaged = tl.min(has_live, 0) == 0  # a mean of all values
         begin = tl.where(averaged, 0, begin)
         end = tl.where(averaged, keys, end)
-    for start in range(begin + split * BLOCK_N, end, tl.num_programs(1) * BLOCK_N):
+    step = tl.num_programs(1) * BLOCK_N
+    only_row = mask + batch * m_batch + kv_head * group * m_head
+    visited = 0
+    bits = 0
+    for start in range(begin + split * BLOCK_N, end, step):
         live = (column < keys - start)[None, :] & in_rows
         entries = live
-        counts = live
+        counts = 1
         if MASK != 0:
             entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=live, other=0)
+        if ONE_ROW:
+            if visited % AT_ONCE == 0:
+                any_flat = tl.max(flat.to(tl.int32), 0) != 0
+                bits = _live_tiles(
+                    only_row, m_key, start, step, keys, any_flat, MASK, SKIP_MINIMA, FLAT, MINIMUM, BLOCK_N, AT_ONCE
+                )  # fmt: skip
+            counts = (bits >> (visited % AT_ONCE)) & 1
+            visited += 1
+        elif MASK != 0:
             if MASK == 1:
-                counts = live & (entries != 0)
+                attended = live & (entries != 0)
             else:
-                counts = live & (entries != float("-inf"))
+                attended = live & (entries != float("-inf"))
                 if SKIP_MINIMA:
-                    counts = counts & (flat[:, None] | ~(entries.to(tl.float32) <= MINIMUM))
+                    attended = attended & (flat[:, None] | ~(entries.to(tl.float32) <= MINIMUM))
             if FLAT:
-                counts = counts | (live & flat[:, None])
-        if MASK == 0 or tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0:
+                attended = attended | (live & flat[:, None])
+            counts = tl.max(tl.max(attended.to(tl.int32), 1), 0)
+        if MASK == 0 or counts != 0:
             factors = live
             biases = live
             if FACTOR:
@@ -197,13 +237,15 @@ def decode(given: Operands, out: Tensor, scale: float, softcap: float | None, *,
         block_n, warps, stages = (config[n] for n in ("BLOCK_N", "num_warps", "num_stages"))
     splits = _split(batch * kv_heads, _triton.ceil_div(keys, block_n), out.device)
     direct = splits == 1
+    mask = given.mask
+    one_row = mask is not None and (mask.stride(1) == 0 or group == 1) and (mask.stride(2) == 0 or rows == 1)
     partial = out.new_empty((out.numel() // width, splits, width) if not direct else 0, dtype=torch.float32)
     tops, weights = partial.new_empty((2, 0 if direct else out.numel() // width * splits)).unbind()
     _split_kernel[(batch * kv_heads, splits)](
         *given.tensors, out, partial, tops, weights, kv_heads, group, rows, keys,
         scale, 1.0 if softcap is None else softcap, *given.strides,
-        **given.flags, SKIP_MINIMA=given.skip_minima, DIRECT=direct, **widths, BLOCK_R=block_r, BLOCK_N=block_n,
-        num_warps=warps, num_stages=stages,
+        **given.flags, SKIP_MINIMA=given.skip_minima, DIRECT=direct, ONE_ROW=one_row, **widths, BLOCK_R=block_r,
+        BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not direct:
         _combine_kernel[(out.numel() // width,)](
@@ -229,7 +271,8 @@ def _example(name: str, dtype: str, mask: str | None, d: int, rows: int = 16, **
     itemsize = 4 if dtype == "fp32" else 2
     widths = example_widths(d)
     block_n, warps, stages = blocks(widths["BLOCK_D"] * itemsize, itemsize, rows)
-    values = example_values(mask) | {"SKIP_MINIMA": mask == "bf16", "DIRECT": False, **widths}
+    values = example_values(mask) | {"SKIP_MINIMA": mask == "bf16", "DIRECT": False, "ONE_ROW": False}
+    values |= widths
     values |= {"BLOCK_R": rows, "BLOCK_N": block_n, **flags}
     signature = example_signature(dtype, mask, "kv_heads group rows keys")
     signature |= dict.fromkeys(("partial", "tops", "weights"), "*fp32")
@@ -238,8 +281,9 @@ def _example(name: str, dtype: str, mask: str | None, d: int, rows: int = 16, **
 
 COMPILE_EXAMPLES = (
     _example("decode, 128", "bf16", None, 128),
-    _example("decode in a static cache, 64", "bf16", "bf16", 64),
+    _example("decode in a static cache, 64", "bf16", "bf16", 64, ONE_ROW=True),
     _example("decode of 8 rows of 8 heads, bool mask", "fp16", "u8", 128, 64),
+    _example("decode of rows that are averages, one mask", "bf16", "u8", 128, ONE_ROW=True, EMPTY=UNIFORM),
     _example("decode, 64, float32, one split", "fp32", "fp32", 64, DIRECT=True),
     _example("decode, 256", "bf16", "u8", 256),
     _example("decode with a soft cap in a static cache, 256", "bf16", "bf16", 256, CAP=2),

@@ -104,6 +104,38 @@ def test_kernels_with_every_kind_of_mask(assert_as_good_as, triton_device, kind,
         check_kernel(assert_as_good_as, (1, 4, 2, rows, 70, 16, 16), dtype, kind, is_causal, triton_device)
 
 
+@pytest.mark.parametrize("kind", ["bool", "-inf", "finfo.min", "-inf and finfo.min"])
+@pytest.mark.parametrize("heads, rows", [(4, 1), (2, 3)])
+def test_tiles_of_long_caches_are_found_in_a_mask_of_one_row(
+    assert_as_good_as, triton_device, monkeypatch, heads, rows, kind
+):
+    monkeypatch.setattr(_flash_decode, "MAX_SPLITS", 2)  # so each of them has more tiles than it judges at once
+    shape = (2, heads, 2, rows, 2500, 16, 16)
+    live = torch.zeros(2, 1, 1, 2500, dtype=torch.bool, device=triton_device)
+    live[0, ..., [0, 63, 64, 1300, 2430, 2499]] = True
+    live[1, ..., 2300:2340] = True
+    filled = torch.zeros(live.shape, dtype=BF16, device=triton_device)
+    filled = filled.masked_fill(~live, torch.finfo(BF16).min if "finfo" in kind else -INF)
+    if "and" in kind:  # no key of the second batch is live, and one is as dead as -inf
+        filled[1] = torch.finfo(BF16).min
+        filled[1, ..., 70] = -INF
+    args = (*qkv(shape, BF16, triton_device), live if kind == "bool" else filled, 0.2, False, "nan")
+    assert_as_good_as(attention.run("triton", *args), spelled_out(*args), exact(*args), ULPS)
+
+
+@pytest.mark.parametrize("empty_rows", ["nan", "zero", "uniform"])
+def test_long_caches_with_nothing_live(triton_device, monkeypatch, empty_rows):
+    monkeypatch.setattr(_flash_decode, "MAX_SPLITS", 2)
+    q, k, v = qkv((2, 2, 1, 1, 2500, 16, 16), device=triton_device)
+    live = torch.zeros(2, 1, 1, 2500, dtype=torch.bool, device=triton_device)
+    live[0, ..., 2450] = True
+    y = attention.run("triton", q, k, v, live, 0.2, False, empty_rows)
+    torch.testing.assert_close(y[0], v[0, :, 2450:2451].expand_as(y[0]))
+    means = v[1].mean(1, keepdim=True).expand_as(y[1])
+    expected = {"nan": torch.full_like(means, torch.nan), "zero": torch.zeros_like(means), "uniform": means}[empty_rows]
+    torch.testing.assert_close(y[1], expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("empty_rows", ["nan", "zero"])
 @pytest.mark.parametrize("kind", ["bool", "-inf"])
 @pytest.mark.parametrize("shape", [(2, 4, 2, 1, 150, 16, 16), (2, 4, 2, 20, 70, 16, 8), (2, 4, 4, 3, 9, 8, 8)], ids=str)
