@@ -346,7 +346,9 @@ def blocks(row_bytes: int, itemsize: int, tensors: int, bounded: bool, capabilit
     if row_bytes > 256:
         return 64, 32, 4, 2
     if row_bytes <= 128:
-        return (128, 64, 4, 3) if tensors == 0 else (64, 32, 4, 3 if tensors == 1 else 2)
+        if tensors > 1:
+            return 64, 32, 4, 2
+        return (64, 64 if bounded else 32, 4, 3) if tensors else (128, 64, 4, 3)
     if tensors == 0:
         return 64, 64, 4, 3
     return (64, 64 if tensors == 1 else 32, 4, 2) if bounded else (128, 64, 8, 3)
