@@ -19,26 +19,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import SymInt, Tensor
 from torch.fx import Node
 
 from fxopt.graph.query import SHARED, aten, val, widens
 from fxopt.graph.scope import Scope, needs_gradient
 from fxopt.graph.symbols import Dim, known_equal
-from fxopt.match.masks import MaskProgram, Segment, insert, read_mask
+from fxopt.match.masks import MaskProgram, Segment, read_mask
 from fxopt.match.masks.bounds import limits
 from fxopt.match.masks.conditions import TRUE, Condition, all_of, condition_atoms, conjuncts
-from fxopt.match.masks.forms import Coordinate, Form, Read, elements, largest, smallest
+from fxopt.match.masks.forms import Coordinate, Form, elements, largest, smallest
 from fxopt.match.masks.program import rows_are_live
-from fxopt.match.masks.values import Opaque, Value
 from fxopt.match.masks.values import atoms as value_atoms
 from fxopt.match.match import Match
 from fxopt.match.miss import Miss
-from fxopt.match.region import size_source
 from fxopt.passes._attention_bias import Bias, apart, is_bias, make_bias, read_bias, split
+from fxopt.passes._attention_insert import Inserter
 from fxopt.passes._attention_mask import Placed
 from fxopt.passes._attention_plan import Plan
 from fxopt.passes._attention_program import ABSORBING, KEYS, ROWS, Add, Cast, Fill
@@ -308,35 +305,15 @@ def _keeps_minima(step: Placed, arranged: Plan) -> bool:
     return all(d == dtype or widens(dtype, d) for d in dtypes)
 
 
-class _Maker:
-    """Inserts forms and conditions; sizes are read off `sources`."""
+class _Maker(Inserter):
+    """Inserts bounds. The sums that number segments are made again."""
 
     def __init__(self, bounds: Bounds, match: Match, sources: Sequence[Node]) -> None:
-        self.bounds, self.match = bounds, match
-        self.sources = [s for s in sources if isinstance(val(s), Tensor)]
-        self.device = next(val(s).device for s in self.sources)
-        self.sizes: dict[str, Any] = {}
-        self.again: dict[Node, Node] = {
+        again: dict[Node, Node] = {
             node: match.call(node.target, *node.args, **node.kwargs)  # type: ignore[arg-type]
             for node in bounds.numbered
         }
-
-    def insert(self, value: Form | Value, dtype: torch.dtype = torch.bool) -> Node:
-        atoms = value.atoms if isinstance(value, Form) else value_atoms(value)
-        lengths = [
-            self.size(n) if form.atom in atoms or _reads(form, atoms) else 1
-            for form, n in zip(self.bounds.coordinates, self.bounds.sizes, strict=True)
-        ]
-        return insert(
-            value, self.bounds.coordinates, lengths, self.match.call, self.device,
-            size=self.of_expression, element=lambda read: self.again.get(read.node, read.node),
-            dtype=dtype,
-        )  # fmt: skip
-
-    def row(self, form: Form) -> Node:
-        """One number a row: a form without the key, [batch, heads, rows] or broadcast to it."""
-        found = self.insert(form)
-        return found if val(found).dim() == 0 else self.match.call(aten.squeeze.dim, found, -1)
+        super().__init__(match, bounds.coordinates, bounds.sizes, sources, again)
 
     def segment(self, segment: Segment) -> tuple[Node, Node]:
         """The first and the last key of each row's segment, whose numbers never fall along the keys."""
@@ -355,7 +332,7 @@ class _Maker:
         call, already = self.match.call, len(self.match.made)
         numbers = call(aten.squeeze.dim, self.insert(segment.rows), -1)
         same = call(aten.eq.Tensor, *(call(aten.unsqueeze.default, numbers, d) for d in (-1, -2)))
-        key = call(aten.arange.default, self.size(self.bounds.sizes[KEYS]), dtype=torch.int32, device=self.device)
+        key = call(aten.arange.default, self.size(self.lengths[KEYS]), dtype=torch.int32, device=self.device)
         first = call(aten.amin.default, call(aten.where.ScalarOther, same, key, torch.iinfo(torch.int32).max), [-1])
         last = call(aten.amax.default, call(aten.where.ScalarOther, same, key, -1), [-1])
         count = call(aten.sum.dim_IntList, same, [-1], dtype=torch.int32)
@@ -364,31 +341,3 @@ class _Maker:
         for node in self.match.made[already:]:
             node.meta[SHARED] = True
         return result
-
-    def size(self, n: Dim) -> Any:
-        """A size as a number or a node."""
-        if not isinstance(n, SymInt):
-            return n
-        key = str(n.node.expr)
-        if key not in self.sizes:
-            found = size_source(n, self.sources)
-            if found is None:
-                raise _unknown(n)
-            self.sizes[key] = self.match.call(aten.sym_size.int, *found)
-        return self.sizes[key]
-
-    def of_expression(self, expression: Any) -> Any:
-        """A size given by its sympy expression, as a number or a node."""
-        for source in self.sources:
-            for n in val(source).shape:
-                if isinstance(n, SymInt) and n.node.expr == expression:
-                    return self.size(n)
-        raise _unknown(expression)
-
-
-def _reads(form: Form, atoms: Any) -> bool:
-    return any(isinstance(a, Read) and any(form.atom in i.atoms for i in a.index) for a in atoms)
-
-
-def _unknown(size: Any) -> Opaque:
-    return Opaque(f"no tensor of the match has the size {size}")

@@ -32,6 +32,7 @@ from fxopt.passes._attention_bounds import Bounds, read_bounds
 from fxopt.passes._attention_changes import apply_changes, join_heads, unmix
 from fxopt.passes._attention_examples import examples
 from fxopt.passes._attention_mask import Placed, join_masks, make_mask, multiply
+from fxopt.passes._attention_narrow import Narrow, narrow_masks
 from fxopt.passes._attention_operands import emit, spellable
 from fxopt.passes._attention_plan import Plan, plan
 from fxopt.passes._attention_program import HEADS, ROWS, Multiply, Sink
@@ -47,6 +48,7 @@ class AttentionMatch(Match):
     roles: Roles = field(kw_only=True)
     plan: Plan = field(kw_only=True)
     bounds: Bounds | None = field(kw_only=True, default=None)
+    narrow: tuple[Narrow, ...] = field(kw_only=True, default=())
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,13 @@ class FuseAttention(Fusion):
         unread = arranged
         if bounds is not None:
             arranged, empty_rows = bounds.plan, bounds.empty_rows
-            bindings |= {f"leaf_{i}": leaf for i, leaf in enumerate(bounds.leaves)}
-            bindings |= {f"read_{i}": mask for i, mask in enumerate(bounds.read)}
-        masks = [step.tensor for step in arranged.mask if step.tensor is not None]
-        others = [p.tensor for p in arranged.placed if p.tensor not in masks]
+        narrow = narrow_masks(arranged.mask, scope, roles.sizes, roles.output)
+        leaves = [*(bounds.leaves if bounds is not None else ()), *(leaf for n in narrow for leaf in n.leaves)]
+        gone = [*(bounds.read if bounds is not None else ()), *(n.tensor for n in narrow)]
+        bindings |= {f"leaf_{i}": leaf for i, leaf in enumerate(dict.fromkeys(leaves))}
+        bindings |= {f"read_{i}": mask for i, mask in enumerate(dict.fromkeys(gone))}
+        masks = [step.tensor for step in arranged.mask if step.tensor not in (None, *gone)]
+        others = [p.tensor for p in arranged.placed if p.tensor not in (*masks, *gone)]
         others += [arranged.mix] if arranged.mix is not None else []
         others += [t for change in _changes(roles) for t in tensors_of(change)]
         others += [roles.weights.values] if roles.weights is not None and others else []
@@ -133,7 +138,8 @@ class FuseAttention(Fusion):
             return Miss("a symbolic size is not the size of any operand", node, progress)
         tags = {
             "form": "sdpa" if node.target is SDPA else "spelled out" if roles.q is not None else "scores given",
-            "mask": len(masks) + (bounds is not None and bounds.rest is not TRUE),
+            "mask": len(masks) + len(narrow) + (bounds is not None and bounds.rest is not TRUE),
+            "narrow": len(narrow),
             "causal": arranged.is_causal,
             "bounded": bounds is not None and bounds.plan.is_causal is unread.is_causal,
             "bias": _kind(bounds),
@@ -144,7 +150,7 @@ class FuseAttention(Fusion):
         }
         return AttentionMatch(
             (roles.output,), roles.covered | arranged.covered, bindings, tags, roles=roles, plan=unread, bounds=bounds,
-            moderate=bounds.moderate if bounds is not None else frozenset(),
+            narrow=tuple(narrow), moderate=bounds.moderate if bounds is not None else frozenset(),
         )  # fmt: skip
 
     def rewrite(self, match: Match) -> Node:
@@ -169,7 +175,7 @@ class FuseAttention(Fusion):
             v, changes = join_heads(match, v), changes[1:]
         if arranged.mix is not None or mixes is not None:
             k, v = (_as_many_heads(match, x, other, sources) for x, other in ((k, v), (v, k)))
-        mask = join_masks(match, make_mask(match, arranged.mask, sources), rest)
+        mask = join_masks(match, make_mask(match, _narrowed(match, arranged, sources), sources), rest)
         sink = _sink(match, arranged.sink, sources) if arranged.sink is not None else None
         factor = _factor(match, arranged.factor, sources)
         settings = [arranged.is_causal, match.tags["empty_rows"], arranged.cap, sink, factor, first, last, bias]
@@ -239,6 +245,13 @@ def _operands(match: Match, roles: Roles, arranged: Plan, sources: Sequence[Node
     if arranged.mix is not None:
         q, k = join_heads(match, q, arranged.mix), join_heads(match, k)
     return q, k, v
+
+
+def _narrowed(match: AttentionMatch, arranged: Plan, sources: Sequence[Node]) -> list[Placed]:
+    """The steps on the mask, with tensors of fewer elements where that will do."""
+    narrow = {id(n.step): n for n in match.narrow}
+    kept = [s for s in sources if s not in [n.tensor for n in match.narrow]]
+    return [narrow[id(s)].make(match, kept) if id(s) in narrow else s for s in arranged.mask]
 
 
 def _product(match: Match, operand: Node, placed: Placed, term: Node) -> Node:

@@ -65,10 +65,33 @@ def read_mask(
     written to before it are replaced by what other nodes have kept of them, or the mask is a Miss. Nothing is
     assumed, and no guard is added.
     """
+    lifter = lifter_of(scope)
+    found = _lifted(lifter, node, sizes, at, moves)
+    if isinstance(found, Miss):
+        return found
+    try:
+        return _program(lifter, node, *found, lifter.size(sizes[-1]), keep, hard)
+    except Opaque as reason:
+        return _unread(node, reason)
+
+
+def read_values(
+    node: Node, scope: Scope, sizes: Sequence[Dim], *, at: Node | None = None, moves: Sequence[Move] = ()
+) -> tuple[Value, tuple[Form, ...]] | Miss:
+    """What a tensor holds at the coordinates of the scores (b, h, i, j), and these; or why that is not known.
+
+    The arguments are those of `read_mask`. The value may be any element of the tensor itself: nothing more is known
+    then.
+    """
+    return _lifted(lifter_of(scope), node, sizes, at, moves)
+
+
+def _lifted(
+    lifter: Lifter, node: Node, sizes: Sequence[Dim], at: Node | None, moves: Sequence[Move]
+) -> tuple[Value, tuple[Form, ...]] | Miss:
     value = val(node)
     if not isinstance(value, Tensor) or value.dtype.is_complex:
         return Miss(f"the mask {node.name} is no real tensor", node)
-    lifter = lifter_of(scope)
     if lifter.epoch(node, at) != lifter.epoch(node, node):
         return Miss(f"the mask {node.name} is written to after it is made", node)
     try:
@@ -76,12 +99,16 @@ def read_mask(
         index = _index(lifter, value.shape, moves, sizes, coordinates)
         lifted = lifter.value(node, index, at)
         fresh = lifter.refreshed(lifted, at, elements(atoms(lifted)))
-        if fresh is not None:
-            return _program(lifter, node, fresh, coordinates, lifter.size(sizes[-1]), keep, hard)
     except Opaque as reason:
-        return Miss(f"the mask {node.name} can't be read: {reason}", node)
+        return _unread(node, reason)
+    if fresh is not None:
+        return fresh, coordinates
     old = lifter.stale(elements(atoms(lifted)), at)[0].node
     return Miss(f"{old.name}, which the mask {node.name} is made from, is written to before it is used", old)
+
+
+def _unread(node: Node, reason: Opaque) -> Miss:
+    return Miss(f"the mask {node.name} can't be read: {reason}", node)
 
 
 def _program(
