@@ -37,9 +37,9 @@ MODES: dict[str, tuple[str, dict[str, Any]] | None] = {
     ),
     "fxopt": ("fxopt", {}),
     "fxopt reduce-overhead": ("fxopt", {"mode": "reduce-overhead"}),
-    "fxopt reduce-overhead, combo kernels": (
+    "fxopt reduce-overhead, separate launches": (
         "fxopt",
-        {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": True}}},
+        {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": False}}},
     ),
     "fxopt reduce-overhead, combo kernels, PDL": (
         "fxopt",

@@ -28,9 +28,13 @@ MODES: dict[str, tuple[str, dict[str, Any]] | None] = {
     "inductor max-autotune-no-cudagraphs": ("inductor", {"mode": "max-autotune-no-cudagraphs"}),
     "fxopt": ("fxopt", {}),
     "fxopt reduce-overhead": ("fxopt", {"mode": "reduce-overhead"}),
-    "fxopt reduce-overhead, combo kernels, PDL": (
+    "fxopt reduce-overhead, separate launches": (
         "fxopt",
-        {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": True, "triton.enable_pdl": True}}},
+        {"options": {"mode": "reduce-overhead", "inductor": {"combo_kernels": False}}},
+    ),
+    "fxopt reduce-overhead, PDL": (
+        "fxopt",
+        {"options": {"mode": "reduce-overhead", "inductor": {"triton.enable_pdl": True}}},
     ),
     "fxopt reduce-overhead, coordinate descent": (
         "fxopt",
@@ -167,7 +171,7 @@ def main() -> None:
                 (
                     "tuned decode B=1 cache 2048 sdpa",
                     lambda m=model: decode(m, 1, 2048, 513),
-                    ["fxopt reduce-overhead, combo kernels, PDL", *(g + ", coordinate descent" for g in GRAPHS)],
+                    ["fxopt reduce-overhead, PDL", *(g + ", coordinate descent" for g in GRAPHS)],
                 ),
                 (
                     "tuned prefill 1x2048 sdpa",
