@@ -51,6 +51,7 @@ from fxopt.rewrite.guard import GraphBroken
 from fxopt.rewrite.plugins import fusions
 from fxopt.rewrite.verify import Verifier
 from fxopt.tune import session, store
+from fxopt.undisturbed import undisturbed
 from fxopt.view.inductor import output_code
 from fxopt.view.recall import keep, recall
 from fxopt.view.record import drawn, publish, recording
@@ -61,6 +62,7 @@ log = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
+@undisturbed
 def fxopt(
     module: GraphModule,
     example_inputs: Sequence[Any],
