@@ -41,6 +41,7 @@ from fxopt.lower.counters import count_together
 from fxopt.lower.identity import pass_identity
 from fxopt.lower.implementations import Choice, place_implementations
 from fxopt.lower.integers import without_integers
+from fxopt.lower.outer import multiply_outer
 from fxopt.lower.outline_compile import describe, outlined
 from fxopt.ops import ANYWHERE, Target
 from fxopt.options import Options
@@ -156,8 +157,10 @@ def _rewritten(
             if not sum([_fuse(part, selected, verifier, report) for part in parts]):
                 return None
             _place(parts, target, report)
-            if not target.training and launches(example_inputs):
-                count_together(parts[0])
+            if not target.training:
+                multiply_outer(parts[0])
+                if launches(example_inputs):
+                    count_together(parts[0])
             counted = without_integers(parts[0], example_inputs) if target.cuda_graphs and not target.training else None
             if isinstance(counted, str):
                 report.notes.append(f"a CUDA graph is recorded for each value of its integers: {counted}")
