@@ -261,9 +261,13 @@ def blocks(row_bytes: int, itemsize: int, block_r: int) -> tuple[int, int, int]:
 
 
 def _split(programs: int, tiles: int, device: torch.device) -> int:
-    """How many splits: enough for two programs a multiprocessor, each with at least one tile, of as many tiles each."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    splits = max(1, min(tiles, MAX_SPLITS, _triton.ceil_div(2 * multiprocessors, programs)))
+    """How many splits: as many as there are multiprocessors for, each with at least one tile, of as many tiles each.
+
+    On an H200 one wave of one program a multiprocessor did best for 1 to 64 rows of 8 KV heads over 513 to 8192 keys:
+    more of them wait for the same memory and leave more to be brought together.
+    """
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    splits = max(1, min(tiles, MAX_SPLITS, multiprocessors // programs))
     return _triton.ceil_div(tiles, _triton.ceil_div(tiles, splits))
 
 
