@@ -5,16 +5,19 @@
     encode    BERT-base, GPT-2 medium, T5-base's encoder, Gemma 2 2B (6 layers), BLOOM-560m, ViT-B/16, Swin-T: a batch
     prefill   the shapes of Qwen3 8B, Gemma 2 2B, Mistral 7B, Phi-3 mini and GPT-2 XL with 4 layers: 1 x 2048 tokens
     decode    the same, one token against a static cache of 2048 with 513 written, in CUDA graphs
+    llama     prefill and decode of the shape of Llama 3 8B with 8 layers, of several batches and caches, and with 32
 
 Random bfloat16 weights. A process a model compiles all its contestants side by side with the others; then, one process
 after the other and nothing beside it, each contestant is timed (`timing.milliseconds`) and its peak memory beyond what
-was there before is taken. Logits are compared with those of eager mode. Results: FOLDER/models.json and models.md.
+was there before is taken. "error" is that of the result, relative (2-norm) to the model's in float32, eager throughout;
+"limit" of a decode step the time that reading the weights takes. Results: FOLDER/models.json and models.md.
 --tiny does it at small sizes, on a CPU too: to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import statistics
@@ -28,7 +31,7 @@ import torch
 
 import fxopt
 from llama import decode, prefill
-from timing import milliseconds
+from timing import copy_bandwidth, milliseconds
 
 Step = Callable[[Any], Callable[[], torch.Tensor]]
 
@@ -53,6 +56,7 @@ PREFILLS = [
     Contestant("eager", "fxopt"),
 ]
 DECODES = [Contestant("sdpa"), *(Contestant("sdpa", b, "reduce-overhead") for b in ("inductor", "fxopt"))]
+BOTH = [Contestant("sdpa"), *(Contestant(a, b) for a in ("sdpa", "eager") for b in ("inductor", "fxopt"))]
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def tokens(batch: int, length: int, *, padded: bool = False, **more: Any) -> Cal
 def images(batch: int) -> Callable[[Any, bool], Step]:
     def bind(model: Any, tiny: bool) -> Step:
         size = model.config.image_size
-        given = torch.randn(2 if tiny else batch, 3, size, size, device=model.device, dtype=model.dtype)
+        given = torch.randn(2 if tiny else batch, 3, size, size, device=model.device, dtype=torch.bfloat16)
+        given = given.to(model.dtype)
         return lambda run: lambda: run(pixel_values=given)[0]
 
     return bind
@@ -176,6 +181,41 @@ DECODERS = {
 }  # fmt: skip
 
 
+LLAMA = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "max_position_embeddings": 32768, "rope_theta": 500000.0,
+}  # fmt: skip
+
+
+def llama(layers: int) -> Callable[[bool], tuple[Any, Any]]:
+    return shape("LlamaForCausalLM", "LlamaConfig", NO_HEAD_DIM, num_hidden_layers=layers, **LLAMA)
+
+
+def llama_cases() -> list[Case]:
+    found = []
+    for batch, length, layers in (
+        (1, 2048, 8), (1, 16384, 8), (4, 2048, 8), (8, 2048, 8), (16, 2048, 8), (64, 2048, 8), (1, 2048, 32)
+    ):  # fmt: skip
+        found.append(
+            Case(
+                f"llama decode, {layers} layers, B={batch}, cache {length}",
+                llama(layers),
+                lambda m, tiny, b=batch, n=length: decode(m, b, *((64, 17) if tiny else (n, 513))),
+                DECODES,
+            )
+        )
+    for batch, length in ((1, 2048), (8, 512)):
+        found.append(
+            Case(
+                f"llama prefill, 8 layers, {batch} x {length}",
+                llama(8),
+                lambda m, tiny, b=batch, n=length: prefill(m, b, 40 if tiny else n),
+                BOTH,
+            )
+        )
+    return found
+
+
 def all_cases() -> list[Case]:
     found = [Case(f"encode {name}", make, bind, BATCHES) for name, (make, bind) in ENCODERS.items()]
     for name, make in DECODERS.items():
@@ -188,7 +228,7 @@ def all_cases() -> list[Case]:
             )
         )
         found.append(Case(f"prefill {name}", make, lambda m, tiny: prefill(m, 1, 40 if tiny else 2048), PREFILLS))
-    return found
+    return found + llama_cases()
 
 
 def build(case: Case, tiny: bool) -> Any:
@@ -207,6 +247,24 @@ def attend_with(model: Any, attention: str) -> None:
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
             module.config._attn_implementation = attention
+
+
+def exact(case: Case, model: Any, tiny: bool) -> torch.Tensor:
+    """The result in eager mode of the same weights and inputs in float32."""
+    precise = copy.deepcopy(model).float()
+    attend_with(precise, case.contestants[0].attention)
+    torch.manual_seed(1)
+    result: torch.Tensor = case.bind(precise, tiny)(precise)().float().clone()
+    return result
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the parameters, without an embedding of which a step reads a row only."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up = getattr(table, "weight", None)
+    if head is not None and looked_up is head.weight:
+        looked_up = None
+    return sum(p.nbytes for p in model.parameters() if p is not looked_up)
 
 
 def synchronize() -> None:
@@ -229,22 +287,28 @@ def kernels(step: Callable[[], torch.Tensor], most: int = 8) -> list[tuple[str, 
     return sorted(rows, key=lambda row: -row[2])[:most]
 
 
-def work(name: str, given: argparse.Namespace, deadline: float, ready: Any, turn: Any, results: Any) -> None:
-    """One model: compile all contestants, say so, wait for the turn, time them."""
+def work(
+    name: str, given: argparse.Namespace, deadline: float, roomy: Any, ready: Any, turn: Any, results: Any
+) -> None:
+    """One model: compile all contestants, say so, wait for the turn, time them. `roomy` is held for what takes room."""
     (case,) = (c for c in all_cases() if c.name == name)
     tiny = given.tiny
     torch._dynamo.config.recompile_limit = 64
     rows: list[dict[str, Any]] = []
     steps: list[tuple[Contestant, Callable[[], torch.Tensor], dict[str, Any]]] = []
-    reference = None
     try:
         with torch.no_grad():
             model = build(case, tiny)
+            with roomy:
+                right = exact(case, model, tiny)
+                torch.cuda.empty_cache()
+            weights = weight_bytes(model)
+            torch.manual_seed(1)
             bind = case.bind(model, tiny)
             for contestant in case.contestants:
                 if given.only and not any(part in str(contestant) for part in given.only):
                     continue
-                row: dict[str, Any] = {"case": name, "contestant": str(contestant)}
+                row: dict[str, Any] = {"case": name, "contestant": str(contestant), "weights": weights}
                 rows.append(row)
                 if time.time() > deadline:
                     row["failed"] = "no time left"
@@ -266,9 +330,7 @@ def work(name: str, given: argparse.Namespace, deadline: float, ready: Any, turn
                     row["first_call_s"] = round(time.perf_counter() - start, 2)
                     row["sites"] = sorted({f"{s.fusion}: {s.implementation}" for s in rec.sites})
                     row["passed_through"] = [g.reason for g in rec.graphs if not g.normalized]
-                    out = out.float().clone()
-                    reference = out if reference is None else reference
-                    row["difference"] = float(f"{((out - reference).norm() / reference.norm()).item():.3g}")
+                    row["error"] = float(f"{((out.float() - right).norm() / right.norm()).item():.3g}")
                     steps.append((contestant, step, row))
                 except Exception as problem:
                     row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
@@ -306,7 +368,8 @@ def table(report: dict[str, Any]) -> str:
     rows = report["rows"]
     names = list(dict.fromkeys(r["contestant"] for r in rows if r["contestant"]))
     lines = [f"# Models on {report['device']}", "", f"torch {report['torch']}, bfloat16; milliseconds.", ""]
-    lines += [f"| model | {' | '.join(names)} | best other / best fxopt |", "|" + "---|" * (len(names) + 2)]
+    head = [*names, "best other / best fxopt", "limit", "error / eager mode's"]
+    lines += [f"| model | {' | '.join(head)} |", "|" + "---|" * (len(head) + 1)]
     over_written = []
     for case in dict.fromkeys(r["case"] for r in rows):
         found = {r["contestant"]: r for r in rows if r["case"] == case}
@@ -315,13 +378,30 @@ def table(report: dict[str, Any]) -> str:
         others = [t for name, t in ms.items() if not name.startswith("fxopt")]
         ratio = f"{min(others) / min(ours):.2f}" if ours and others else ""
         cells = [f"{ms[n]:g}" if n in ms else found.get(n, {}).get("failed", "").split(":")[0] for n in names]
-        lines.append(f"| {case} | {' | '.join(cells)} | {ratio} |")
+        limit, weights, bandwidth = "", next(iter(found.values())).get("weights"), report.get("bandwidth")
+        if "decode" in case and weights and bandwidth:
+            least = weights / bandwidth * 1e3
+            limit = f"{least:.3f}" + (f" ({least / min(ours):.0%})" if ours else "")
+        lines.append(f"| {case} | {' | '.join([*cells, ratio, limit, _worse(found)])} |")
         if {"fxopt, eager", "inductor, eager"} <= ms.keys() and case.startswith("encode"):
             over_written.append(ms["inductor, eager"] / ms["fxopt, eager"])
     if over_written:
         mean = statistics.geometric_mean(over_written)
         lines += ["", f"Inductor / fxopt, attention as written: geometric mean {mean:.3f}."]
     return "\n".join(lines) + "\n"
+
+
+def _worse(found: dict[str, dict[str, Any]]) -> str:
+    """The largest error of fxopt's over that of eager mode with the same attention, or with the one that was run."""
+    eager = {
+        name.split(", ")[-1]: row["error"] for name, row in found.items() if "eager mode" in name and "error" in row
+    }
+    ours = [
+        row["error"] / eager.get(name.split(", ")[-1], max(eager.values()))
+        for name, row in found.items()
+        if name.startswith("fxopt") and "error" in row and eager
+    ]
+    return f"{max(ours):.2f}" if ours else ""
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -338,18 +418,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given.folder.mkdir(parents=True, exist_ok=True)
     names = [c.name for c in all_cases() if not given.cases or any(w in c.name for w in given.cases)]
     context = multiprocessing.get_context("spawn")
-    ready, results, turn = context.Queue(), context.Queue(), context.Lock()
+    ready, results, turn, roomy = context.Queue(), context.Queue(), context.Lock(), context.Lock()
     turn.acquire()
     deadline = time.time() + given.seconds
-    processes = [context.Process(target=work, args=(name, given, deadline, ready, turn, results)) for name in names]
+    shared = (given, deadline, roomy, ready, turn, results)
+    processes = [context.Process(target=work, args=(name, *shared)) for name in names]
     for process in processes:
         process.start()
     for done in range(len(names)):
         print(f"{done + 1} of {len(names)} compiled: {ready.get()}, {deadline - time.time():.0f} s left", flush=True)
+    on_gpu = torch.cuda.is_available()
+    bandwidth = copy_bandwidth(torch.device("cuda")) if on_gpu else None
     turn.release()
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "torch": torch.__version__,
+        "bandwidth": bandwidth,
         "rows": [],
     }
     for _ in names:
