@@ -20,6 +20,9 @@ from fxopt.kernels._flash_parts import float32_mask
 
 # Float32 adds no score of float16 operands to a number of this size.
 ABSORBING = -1e25
+# From here on the logarithm of a row's weights is kept with too few digits beside its maximum. Numbers of this size are
+# so far apart in half precision that their differences are exact there, or mask.
+LARGE = -1e3
 
 
 def attend(
@@ -140,6 +143,32 @@ def attend_filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, i
     # A branch never taken, whose gradient is 0 times NaN where a row is empty.
     v = torch.where(spoilt & ~spoilt, v * torch.where(spoilt, torch.nan, 0.0).to(v.dtype), v)
     return torch.where(empty, torch.nan, attend(q, k, v, mask, scale, is_causal, "uniform", None))
+
+
+def attend_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention with a float mask by key, [B or 1, Hq or 1, 1, N], and the gradients of a sum.
+
+    All rows of a sequence have its largest number in common, so it is taken off where it is large: what flash kernels
+    keep of a row then has the digits that their backward needs. Where it absorbs every score, the weights are those of
+    the mask alone, p; but adding passes gradients on, d s_ij = p_j d o_i · (v_j - o), and they are those of
+
+        o_i + scale · q_i C - scale · q_i C,   C = Σ_j k_j p_j (v_j - o)ᵀ [D, Dv]
+
+    with p, v, o and the last term taken for constants.
+    """
+    mask = four_dims(mask)
+    top = mask.detach().amax(-1, keepdim=True)
+    finite = top > -torch.inf
+    mask = torch.where((top < LARGE) & finite, mask - top, mask)
+    absorbed = (top <= ABSORBING) & finite
+    out = attend(q, k, v, torch.where(absorbed, 0.0, mask), scale, False, "nan", None)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k, v = repeat_heads(q, k), repeat_heads(q, v)
+    share = torch.softmax(mask.to(wide), -1).mT
+    mean = (share * v).sum(-2, keepdim=True)
+    apart = (share * (v - mean)).detach().to(k.dtype)
+    along = q @ ((k.mT @ apart).to(q.dtype) * scale)
+    return torch.where(absorbed, mean.to(out.dtype) + (along - along.detach()).to(out.dtype), out)
 
 
 def group_rows(x: Tensor, kv_heads: int) -> Tensor:

@@ -24,7 +24,7 @@ torch.finfo(dtype).min, has live keys: plain arithmetic makes its weights unifor
 Gradients tell apart how such a row was masked: a number that was added passes them on to q and k, one that was filled
 in does not. A fill is the third kind of empty row, "uniform". For an added number the flash kernels won't do: their
 backward takes weights as exp(score - logsumexp), and the logarithm of N is lost beside finfo.min, so every weight is 1
-instead of 1 / N. Such a mask is differentiated spelled out.
+instead of 1 / N. Such a mask is differentiated spelled out, unless it is the same for all rows (`attend_added`).
 """
 
 from __future__ import annotations
@@ -304,6 +304,24 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     mask = with_bounds(dense_mask(mask, first, q.shape[2]), first, last, k.shape[2], empty_rows)
     assert mask is not None
     return _attention_sdpa.attend_filled(q, k, v, mask, scale, is_causal)
+
+
+def _added_objection(target: Target, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> str | None:
+    _, is_causal, empty_rows, _, sink, _, first, last, bias = rest
+    beside = bool(is_causal) or any(x is not None for x in (sink, first, last, bias))
+    if not target.training or mask is None or not _adds(mask) or empty_rows == "zero" or beside:
+        return "it is for gradients of scores that nothing but a mask is added to"
+    if mask.dim() > 1 and not known_equal(mask.shape[-2], 1):
+        return "the mask tells rows apart"
+    return _sdpa_objection(replace(target, training=False), q, k, v, mask, *rest)
+
+
+@attention.implementation("sdpa_added", when=_added_objection)
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *rest: object) -> Tensor:
+    assert mask is not None
+    if q.device.type != "cpu":
+        k, v = repeat_heads(q, k), repeat_heads(q, v)  # see sdpa_repeated
+    return _attention_sdpa.attend_added(q, k, v, mask, scale)
 
 
 def _as_given_objection(
