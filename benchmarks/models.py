@@ -61,12 +61,14 @@ BOTH = [Contestant("sdpa"), *(Contestant(a, b) for a in ("sdpa", "eager") for b 
 
 @dataclass(frozen=True)
 class Case:
-    """`make` gives the model's class and configuration, `bind` what one step is."""
+    """`make` gives the model's class and configuration, `bind` what one step is. With `compared` there is room for the
+    model in float32 beside all others."""
 
     name: str
     make: Callable[[bool], tuple[Any, Any]]
     bind: Callable[[Any, bool], Step]
     contestants: list[Contestant]
+    compared: bool = True
 
 
 def ids(model: Any, batch: int, length: int) -> torch.Tensor:
@@ -202,6 +204,7 @@ def llama_cases() -> list[Case]:
                 llama(layers),
                 lambda m, tiny, b=batch, n=length: decode(m, b, *((64, 17) if tiny else (n, 513))),
                 DECODES,
+                compared=batch < 64 and layers == 8,
             )
         )
     for batch, length in ((1, 2048), (8, 512)):
@@ -300,7 +303,7 @@ def work(
         with torch.no_grad():
             model = build(case, tiny)
             with roomy:
-                right = exact(case, model, tiny)
+                right = exact(case, model, tiny) if case.compared else None
                 torch.cuda.empty_cache()
             weights = weight_bytes(model)
             torch.manual_seed(1)
@@ -330,7 +333,8 @@ def work(
                     row["first_call_s"] = round(time.perf_counter() - start, 2)
                     row["sites"] = sorted({f"{s.fusion}: {s.implementation}" for s in rec.sites})
                     row["passed_through"] = [g.reason for g in rec.graphs if not g.normalized]
-                    row["error"] = float(f"{((out.float() - right).norm() / right.norm()).item():.3g}")
+                    if right is not None:
+                        row["error"] = float(f"{((out.float() - right).norm() / right.norm()).item():.3g}")
                     steps.append((contestant, step, row))
                 except Exception as problem:
                     row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
