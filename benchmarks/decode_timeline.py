@@ -171,6 +171,8 @@ def decode(model: Any, batch: int, length: int, used: int, device: torch.device)
     def bind(run: Any) -> Callable[[], Any]:
         for layer in cache.layers:
             layer.cumulative_length.fill_(used)
+            if hasattr(layer, "cumulative_length_int"):  # sliding windows count in Python too
+                layer.cumulative_length_int = used
         return lambda: run(input_ids=token, past_key_values=cache, use_cache=True).logits
 
     return bind

@@ -86,6 +86,8 @@ def decode(model: Any, batch: int, cache_length: int, used: int) -> Any:
     def bind(run: Any) -> Any:
         for layer in cache.layers:  # every mode starts at the same position; a step advances it by one
             layer.cumulative_length.fill_(used)
+            if hasattr(layer, "cumulative_length_int"):  # sliding windows count in Python too
+                layer.cumulative_length_int = used
         return lambda: run(input_ids=token, past_key_values=cache, use_cache=True).logits
 
     return bind

@@ -26,7 +26,9 @@ def mask_of(kind, dtype, device="cpu"):
         "-1e4": zero.masked_fill(~live, -1e4),
         "-20": zero.masked_fill(~live, -20.0),
         "a number a head and key": torch.randn(1, HQ, 1, N, device=device).to(dtype),
-        "a head without keys": zero.expand(1, HQ, 1, N).masked_fill(torch.arange(HQ)[:, None, None] == 2, least),
+        "a head without keys": zero.expand(1, HQ, 1, N).masked_fill(
+            torch.arange(HQ, device=device)[:, None, None] == 2, least
+        ),
         "two dimensions": zero.masked_fill(~live, least)[0, 0],
         "one": zero.masked_fill(~live, least)[0, 0, 0],
         "-inf": zero.masked_fill(~live, -INF),
