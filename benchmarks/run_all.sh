@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What docs/measurements.md holds, and the tests that need a GPU, into one folder:
 #
-#     PYTHON=python3 benchmarks/run_all.sh FOLDER [tests] [llama] [decode] [timeline] [attention] [dequant] [demo] [stages] [compile] [saved]
+#     PYTHON=python3 benchmarks/run_all.sh FOLDER [tests] [llama] [decode] [timeline] [attention] [models] [dequant] [demo] [stages] [compile] [small] [saved]
 #
 # Without names, all of them. Each goes on where one before it failed; the exit code is that of the last failure.
 set -u
@@ -33,9 +33,11 @@ step llama "$python" benchmarks/llama.py --layers 8 --out "$out/llama.json"
 step decode "$python" benchmarks/decode_ops.py --out "$out" --table
 step timeline "$python" benchmarks/decode_timeline.py --out "$out"
 step attention "$python" benchmarks/attention.py "$out"
+step models "$python" benchmarks/models.py "$out"
 step dequant "$python" benchmarks/dequant_matmul.py
 step demo demos
 step stages "$python" benchmarks/compile_stages.py
 step compile "$python" benchmarks/compile_time.py --layers 8 80
+step small "$python" benchmarks/small_models.py --out "$out/small_models.json"
 step saved "$python" benchmarks/saved_memory.py --quick
 exit "$failed"
