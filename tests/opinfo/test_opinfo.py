@@ -67,7 +67,7 @@ def test_a_run_goes_on_where_it_was_cut_off(sweep, tmp_path, capsys):
     assert "| neg | 1 ok | 1 ok |" in capsys.readouterr().out
 
 
-def test_as_near_to_float64_as_eager_is_near_enough():
+def test_as_near_to_float64_as_eager_is_near_enough(sweep):
     exact = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     eager = (exact + 0.02).bfloat16()
     assert sweep.as_near(eager, (exact - 0.03).bfloat16(), exact)
