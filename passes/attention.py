@@ -250,7 +250,8 @@ def _operands(match: Match, roles: Roles, arranged: Plan, sources: Sequence[Node
 def _narrowed(match: AttentionMatch, arranged: Plan, sources: Sequence[Node]) -> list[Placed]:
     """The steps on the mask, with tensors of fewer elements where that will do."""
     narrow = {id(n.step): n for n in match.narrow}
-    kept = [s for s in sources if s not in [n.tensor for n in match.narrow]]
+    gone = {n.tensor for n in match.narrow}
+    kept = [s for s in sources if s not in gone]
     return [narrow[id(s)].make(match, kept) if id(s) in narrow else s for s in arranged.mask]
 
 

@@ -39,7 +39,7 @@ def count_together(module: GraphModule) -> int:
         if _is_update(node) and not storages(node.args[0]) & touched:
             x, number = val(node.args[0]), node.args[1]
             alike[x.device, x.dtype, type(number), number].append(node)
-        touched = touched.union(*(storages(n) for n in node.all_input_nodes))
+        touched.update(*(storages(n) for n in node.all_input_nodes))
     together = [list(reversed(nodes)) for nodes in alike.values() if len(nodes) > 1]
     for nodes in together:
         with graph.inserting_before(output):

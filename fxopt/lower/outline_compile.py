@@ -50,7 +50,7 @@ def _costly(found: Outline, module: GraphModule, options: Options) -> str | None
     return _COSTS_TIME if decodes else None
 
 
-_COSTS_LAUNCHES = 'caches are written between shared bodies, apart from what computes it (outline="always")'
+_COSTS_LAUNCHES = 'caches would be written between shared bodies, by launches of their own (outline="always")'
 _COSTS_TIME = 'calls of shared bodies cost the host time at every step (outline="always")'
 
 

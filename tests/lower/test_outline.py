@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import fxopt
-from fxopt.lower.outline import outline
+from fxopt.lower.outline import Outline, Outlined, outline
 from fxopt.lower.outline_compile import outlined
 from fxopt.lower.outline_memory import shared_memory
 from fxopt.lower.outline_periods import Run, periodic_runs
@@ -308,3 +308,21 @@ def test_layers_of_models_are_found(name, build, config, without_inductor):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     calls = [calls for graph in rec.graphs for calls in graph.outlined.values()]
     assert sum(calls) >= (8 if name == "T5" else 4), str(rec)
+
+
+@pytest.mark.parametrize(
+    ("results", "mode", "reason"),
+    [
+        (1, "reduce-overhead", None),
+        (3, "reduce-overhead", "caches would be written"),
+        (1, "default", "cost the host time"),
+    ],
+)
+def test_on_a_gpu_only_layers_that_write_no_cache_are_shared_in_cuda_graphs(monkeypatch, results, mode, reason):
+    with FakeTensorMode():
+        module = make_fx(lambda x: x + 1)(torch.empty(2, device="cuda"))
+    body = Outlined("body", calls=7, nodes=9, operands=3, results=results, module=None)
+    monkeypatch.setattr("fxopt.lower.outline_compile.outline", lambda module: Outline(module, (body,)))
+    found = outlined(module, Options.parse(mode, None, ()), training=False)
+    assert bool(found.bodies) is (reason is None)
+    assert reason is None or (len(found.objections) == 1 and reason in found.objections[0])
