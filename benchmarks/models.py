@@ -6,11 +6,13 @@
     prefill   the shapes of Qwen3 8B, Gemma 2 2B, Mistral 7B, Phi-3 mini and GPT-2 XL with 4 layers: 1 x 2048 tokens
     decode    the same, one token against a static cache of 2048 with 513 written, in CUDA graphs
     llama     prefill and decode of the shape of Llama 3 8B with 8 layers, of several batches and caches, and with 32
+              (with Inductor's modes that measure while they compile, coordinate descent and max-autotune, for three)
 
-Random bfloat16 weights. A process a model compiles all its contestants side by side with the others; then, one process
-after the other and nothing beside it, each contestant is timed (`timing.milliseconds`) and its peak memory beyond what
-was there before is taken. "error" is that of the result, relative (2-norm) to the model's in float32, eager throughout;
-"limit" of a decode step the time that reading the weights takes. Results: FOLDER/models.json and models.md.
+Random bfloat16 weights. A process a model compiles all its contestants side by side with the others, but for those that
+measure then; after that, one process after the other and nothing beside it, each contestant is timed
+(`timing.milliseconds`) and its peak memory beyond what was there before is taken. "error" is that of the result,
+relative (2-norm) to the model's in float32, eager throughout; "limit" of a decode step the time that reading the
+weights takes. Results: FOLDER/models.json and models.md.
 --tiny does it at small sizes, on a CPU too: to see that it runs.
 """
 
@@ -35,14 +37,36 @@ from timing import copy_bandwidth, milliseconds
 
 Step = Callable[[Any], Callable[[], torch.Tensor]]
 
+DESCENT = "reduce-overhead, coordinate descent"
+
 
 @dataclass(frozen=True)
 class Contestant:
-    """`attention` is transformers' attn_implementation; without a backend the model runs in eager mode."""
+    """`attention` is transformers' attn_implementation; without a backend the model runs in eager mode.
+
+    `mode` is one of torch.compile's or DESCENT.
+    """
 
     attention: str
     backend: str | None = None
     mode: str | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether compiling it times kernels, and so must have the GPU for itself."""
+        return self.mode is not None and (self.mode == DESCENT or self.mode.startswith("max-autotune"))
+
+    def compiled(self, model: Any) -> Any:
+        if self.backend is None:
+            return model
+        if self.mode != DESCENT:
+            return torch.compile(model, backend=self.backend, **({"mode": self.mode} if self.mode else {}))
+        tuned: dict[str, Any] = {"coordinate_descent_tuning": True}
+        if self.backend == "fxopt":
+            options: dict[str, Any] = {"mode": "reduce-overhead", "inductor": tuned}
+        else:
+            options = {"triton.cudagraphs": True, **tuned}
+        return torch.compile(model, backend=self.backend, options=options)
 
     def __str__(self) -> str:
         return ", ".join(part for part in (self.backend or "eager mode", self.mode, self.attention) if part)
@@ -56,6 +80,11 @@ PREFILLS = [
     Contestant("eager", "fxopt"),
 ]
 DECODES = [Contestant("sdpa"), *(Contestant("sdpa", b, "reduce-overhead") for b in ("inductor", "fxopt"))]
+ALL_DECODES = [
+    *DECODES,
+    Contestant("sdpa", "inductor"),
+    *(Contestant("sdpa", b, DESCENT) for b in ("inductor", "fxopt")),
+]
 BOTH = [Contestant("sdpa"), *(Contestant(a, b) for a in ("sdpa", "eager") for b in ("inductor", "fxopt"))]
 
 
@@ -203,7 +232,7 @@ def llama_cases() -> list[Case]:
                 f"llama decode, {layers} layers, B={batch}, cache {length}",
                 llama(layers),
                 lambda m, tiny, b=batch, n=length: decode(m, b, *((64, 17) if tiny else (n, 513))),
-                DECODES,
+                ALL_DECODES if (batch, length, layers) in ((1, 2048, 8), (1, 16384, 8), (16, 2048, 8)) else DECODES,
                 compared=batch < 64 and layers == 8,
             )
         )
@@ -213,7 +242,7 @@ def llama_cases() -> list[Case]:
                 f"llama prefill, 8 layers, {batch} x {length}",
                 llama(8),
                 lambda m, tiny, b=batch, n=length: prefill(m, b, 40 if tiny else n),
-                BOTH,
+                [*BOTH, *([Contestant("sdpa", "inductor", "max-autotune-no-cudagraphs")] if batch == 1 else [])],
             )
         )
     return found
@@ -298,7 +327,7 @@ def work(
     tiny = given.tiny
     torch._dynamo.config.recompile_limit = 64
     rows: list[dict[str, Any]] = []
-    steps: list[tuple[Contestant, Callable[[], torch.Tensor], dict[str, Any]]] = []
+    steps: list[tuple[Contestant, Callable[[], torch.Tensor] | None, dict[str, Any]]] = []
     try:
         with torch.no_grad():
             model = build(case, tiny)
@@ -319,28 +348,21 @@ def work(
                 if contestant.attention == "sdpa" and not model._supports_sdpa:
                     row["failed"] = "not offered"
                     continue
+                if contestant.measures:
+                    steps.append((contestant, None, row))
+                    continue
                 try:
-                    attend_with(model, contestant.attention)
-                    run = model
-                    if contestant.backend is not None:
-                        how = {"mode": contestant.mode} if contestant.mode else {}
-                        run = torch.compile(model, backend=contestant.backend, **how)
-                    step = bind(run)
-                    start = time.perf_counter()
-                    with fxopt.record() as rec:
-                        out = step()
-                    synchronize()
-                    row["first_call_s"] = round(time.perf_counter() - start, 2)
-                    row["sites"] = sorted({f"{s.fusion}: {s.implementation}" for s in rec.sites})
-                    row["passed_through"] = [g.reason for g in rec.graphs if not g.normalized]
-                    if right is not None:
-                        row["error"] = float(f"{((out.float() - right).norm() / right.norm()).item():.3g}")
-                    steps.append((contestant, step, row))
+                    steps.append((contestant, first_call(contestant, model, bind, row, right), row))
                 except Exception as problem:
                     row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
             ready.put(name)
             with turn:
-                for contestant, step, row in steps:
+                for contestant, made, row in steps:
+                    try:
+                        step = made or first_call(contestant, model, bind, row, right)
+                    except Exception as problem:
+                        row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
+                        continue
                     attend_with(model, contestant.attention)
                     measure(step, row, tiny)
                     if given.profile:
@@ -349,6 +371,24 @@ def work(
         rows.append({"case": name, "contestant": "", "failed": f"{type(problem).__name__}: {str(problem)[:300]}"})
         ready.put(name)
     results.put(rows)
+
+
+def first_call(
+    contestant: Contestant, model: Any, bind: Step, row: dict[str, Any], right: torch.Tensor | None
+) -> Callable[[], torch.Tensor]:
+    """Compile by calling; what came of it goes into `row`."""
+    attend_with(model, contestant.attention)
+    step = bind(contestant.compiled(model))
+    start = time.perf_counter()
+    with fxopt.record() as rec:
+        out = step()
+    synchronize()
+    row["first_call_s"] = round(time.perf_counter() - start, 2)
+    row["sites"] = sorted({f"{s.fusion}: {s.implementation}" for s in rec.sites})
+    row["passed_through"] = [g.reason for g in rec.graphs if not g.normalized]
+    if right is not None:
+        row["error"] = float(f"{((out.float() - right).norm() / right.norm()).item():.3g}")
+    return step
 
 
 def measure(step: Callable[[], torch.Tensor], row: dict[str, Any], tiny: bool) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What docs/measurements.md holds, and the tests that need a GPU, into one folder:
 #
-#     PYTHON=python3 benchmarks/run_all.sh FOLDER [tests] [llama] [decode] [timeline] [attention] [models] [dequant] [demo] [stages] [compile] [small] [saved]
+#     PYTHON=python3 benchmarks/run_all.sh FOLDER [tests] [llama] [decode] [timeline] [attention] [models] [dequant] [demo] [stages] [compile] [small] [saved] [overhead]
 #
 # Without names, all of them. Each goes on where one before it failed; the exit code is that of the last failure.
 set -u
@@ -40,4 +40,5 @@ step stages "$python" benchmarks/compile_stages.py
 step compile "$python" benchmarks/compile_time.py --layers 8 80
 step small "$python" benchmarks/small_models.py --out "$out/small_models.json"
 step saved "$python" benchmarks/saved_memory.py --quick
+step overhead "$python" benchmarks/call_overhead.py --out "$out/overhead.json"
 exit "$failed"
