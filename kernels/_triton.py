@@ -201,12 +201,27 @@ def _fold_rows(x: Tensor) -> tuple[int, int, int] | None:
     return inner_size, dims[0][1] if dims else 0, inner_stride
 
 
+def folded(rows: int, *inner: int) -> bool:
+    """Whether one of several tensors of `rows` rows (its `inner` from `as_rows`) is more than rows at one distance."""
+    return any(n < rows for n in inner)
+
+
 def compile_examples() -> Iterator[tuple[str, CompileExample]]:
     """(module, example) for every example of every file of `fxopt.kernels`."""
     folder = Path(__file__).parent
     for module in sorted(info.name for info in pkgutil.iter_modules([str(folder)])):
         for example in getattr(import_module(f"fxopt.kernels.{module}"), "COMPILE_EXAMPLES", ()):
             yield module, example
+
+
+@jit
+def row_start(row, inner, outer, step, FOLDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where rows begin (see `as_rows`). Without FOLDED they lie at one distance: 64-bit divisions take their time."""
+    if FOLDED:
+        start = (row // inner) * outer + (row % inner) * step
+    else:
+        start = row * step
+    return start
 
 
 @jit

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._triton import CompileExample, jit, tl
+from fxopt.kernels._triton import CompileExample, jit, row_start, tl
 from fxopt.ops import Target, fused_op
 
 #: activations by name
@@ -110,14 +110,15 @@ def activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
 def _gated_kernel(  # type: ignore[no-untyped-def]
     gate, up, out, rows, columns,
     g_inner, g_outer, g_step, u_inner, u_outer, u_step,
-    ACTIVATION: tl.constexpr, ROUND_TO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROUND_TO: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of ROWS rows and BLOCK columns a program, in float32 throughout."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tiles = tl.cdiv(columns, BLOCK)
+    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)[None, :]
     live = (row < rows) & (column < columns)
-    g = tl.load(gate + (row // g_inner) * g_outer + (row % g_inner) * g_step + column, mask=live, other=0.0)
-    u = tl.load(up + (row // u_inner) * u_outer + (row % u_inner) * u_step + column, mask=live, other=0.0)
+    g = tl.load(gate + row_start(row, g_inner, g_outer, g_step, FOLDED) + column, mask=live, other=0.0)
+    u = tl.load(up + row_start(row, u_inner, u_outer, u_step, FOLDED) + column, mask=live, other=0.0)
     active = activate(g.to(tl.float32), ACTIVATION)
     if ROUND_TO is not None:
         active = active.to(ROUND_TO).to(tl.float32)
@@ -137,17 +138,18 @@ def _(
     out = gate.new_empty(gate.shape, dtype=_result_dtype(gate, up, compute, round_to, out_dtype))
     if out.numel() == 0:
         return out
+    if gate.is_contiguous() and up.is_contiguous() and gate.numel() < 1 << 31:
+        gate, up = gate.flatten(), up.flatten()  # one row, whose tiles have no end but its own
     columns = gate.shape[-1]
     rows = out.numel() // columns
     block = min(_triton.next_power_of_2(columns), 1024)
     rows_each = max(1, 1024 // block)
     gate, *g_fold = _triton.as_rows(gate)
     up, *u_fold = _triton.as_rows(up)
-    grid = (_triton.ceil_div(rows, rows_each), _triton.ceil_div(columns, block))
-    _gated_kernel[grid](
+    _gated_kernel[(_triton.ceil_div(rows, rows_each) * _triton.ceil_div(columns, block),)](
         gate, up, out, rows, columns, *g_fold, *u_fold,
         ACTIVATION=activation, ROUND_TO=None if round_to is None else _triton.triton_dtype(round_to),
-        ROWS=rows_each, BLOCK=block, num_warps=4,
+        FOLDED=_triton.folded(rows, g_fold[0], u_fold[0]), ROWS=rows_each, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -160,14 +162,15 @@ def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
     pointers = dict.fromkeys(("gate", "up", "out"), f"*{dtype}")
     numbers = dict.fromkeys(("rows",), "i32") | {"columns": "i32:16"}
     strides = dict.fromkeys(("g_inner", "g_outer", "g_step", "u_inner", "u_outer", "u_step"), "i32:16")
-    return CompileExample(name, _gated_kernel, {**pointers, **numbers, **strides}, {"ROUND_TO": None, **constexprs})
+    values = {"ROUND_TO": None, "FOLDED": False, **constexprs}
+    return CompileExample(name, _gated_kernel, {**pointers, **numbers, **strides}, values)
 
 
 COMPILE_EXAMPLES = (
     () if tl is None else (
         _example("silu", "bf16", ACTIVATION="silu", ROUND_TO=tl.bfloat16, ROWS=1, BLOCK=1024),
         _example("gelu", "fp16", ACTIVATION="gelu", ROWS=1, BLOCK=1024),
-        _example("gelu_tanh, short rows", "fp32", ACTIVATION="gelu_tanh", ROWS=8, BLOCK=128),
+        _example("gelu_tanh, short rows", "fp32", ACTIVATION="gelu_tanh", FOLDED=True, ROWS=8, BLOCK=128),
         _example("relu2", "bf16", ACTIVATION="relu2", ROWS=1, BLOCK=1024),
     )
 )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._triton import CompileExample, jit, tl
+from fxopt.kernels._triton import CompileExample, jit, row_start, tl
 from fxopt.ops import Target, fused_op
 
 EPS_IN = ("max", "outside", "sum", "floor")
@@ -79,12 +79,12 @@ def _triton_objection(target: Target, x: Tensor, dim: int, *rest: object) -> str
 @jit
 def _l2_norm_kernel(  # type: ignore[no-untyped-def]
     x, out, rows, columns, eps, x_inner, x_outer, x_step,
-    EPS_IN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS_IN: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, float32 throughout; a row longer than BLOCK is read twice (the second time from L2)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    x += (row // x_inner) * x_outer + (row % x_inner) * x_step
+    x += row_start(row, x_inner, x_outer, x_step, FOLDED)
     squares = tl.zeros((ROWS, 1), tl.float32)
     for start in range(0, columns, BLOCK):
         live = (row < rows) & (start + column < columns)
@@ -116,8 +116,9 @@ def _(
     block, rows_each, warps = _triton.norm_blocks(columns)
     x, *fold = _triton.as_rows(x)
     _l2_norm_kernel[(_triton.ceil_div(rows, rows_each),)](
-        x, out, rows, columns, eps, *fold, EPS_IN=eps_in, ROWS=rows_each, BLOCK=block, num_warps=warps
-    )
+        x, out, rows, columns, eps, *fold, EPS_IN=eps_in, FOLDED=_triton.folded(rows, fold[0]), ROWS=rows_each,
+        BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -133,7 +134,7 @@ def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
 
 COMPILE_EXAMPLES = (
     () if tl is None else (
-        _example("F.normalize, heads of 128", "bf16", EPS_IN="max", ROWS=16, BLOCK=128),
-        _example("sum", "fp32", EPS_IN="sum", ROWS=1, BLOCK=4096),
+        _example("F.normalize, heads of 128", "bf16", EPS_IN="max", FOLDED=True, ROWS=16, BLOCK=128),
+        _example("sum", "fp32", EPS_IN="sum", FOLDED=False, ROWS=1, BLOCK=4096),
     )
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._triton import CompileExample, jit, summed, tl
+from fxopt.kernels._triton import CompileExample, jit, row_start, summed, tl
 from fxopt.ops import Target, fused_op
 
 
@@ -107,19 +107,29 @@ def _layer_norm_kernel(  # type: ignore[no-untyped-def]
     rows, columns, eps,
     x_inner, x_outer, x_step, r_inner, r_outer, r_step,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, LOOPED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FOLDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, float32 throughout; a row longer than BLOCK is read twice (the second time from L2).
 
-    The moments of a longer row's blocks are merged pairwise (Chan, Golub and LeVeque, 1979).
+    Of a shorter one weight and bias are asked for before the mean: they would wait for memory a second time. The
+    moments of a longer row's blocks are merged pairwise (Chan, Golub and LeVeque, 1979).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    x += (row // x_inner) * x_outer + (row % x_inner) * x_step
+    x += row_start(row, x_inner, x_outer, x_step, FOLDED)
     if HAS_RESIDUAL:
-        residual += (row // r_inner) * r_outer + (row % r_inner) * r_step
+        residual += row_start(row, r_inner, r_outer, r_step, FOLDED)
     live = (row < rows) & (column < columns)
     wide = summed(x + column, residual + column, total, live, HAS_RESIDUAL)
+    factor = 1.0
+    shift = 0.0
+    if not LOOPED:
+        if HAS_WEIGHT:
+            factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            tl.store(total + row * columns + column, wide.to(total.dtype.element_ty), mask=live)
     count = tl.minimum(tl.cast(columns, tl.float32), BLOCK)
     mean = tl.sum(wide, 1)[:, None] / count
     away = tl.where(live, wide - mean, 0.0)
@@ -136,20 +146,29 @@ def _layer_norm_kernel(  # type: ignore[no-untyped-def]
             mean += apart * (more / (count + more))
             count += more
     scale = tl.rsqrt(squares / tl.cast(columns, tl.float32) + eps)
-    for start in range(0, columns, BLOCK):
-        at = start + column
-        live = (row < rows) & (at < columns)
-        if LOOPED:
+    # The result is rounded to the sum's dtype first; without a residual, `total` is x.
+    if LOOPED:
+        for start in range(0, columns, BLOCK):
+            at = start + column
+            live = (row < rows) & (at < columns)
             wide = summed(x + at, residual + at, total, live, HAS_RESIDUAL)
-        if HAS_RESIDUAL:
-            tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
+            if HAS_RESIDUAL:
+                tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
+            y = (wide - mean) * scale
+            if HAS_WEIGHT:
+                y *= tl.load(weight + at, mask=at < columns, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                y += tl.load(bias + at, mask=at < columns, other=0.0).to(tl.float32)
+            y = y.to(total.dtype.element_ty)
+            tl.store(out + row * columns + at, y.to(out.dtype.element_ty), mask=live)
+    else:
         y = (wide - mean) * scale
         if HAS_WEIGHT:
-            y *= tl.load(weight + at, mask=at < columns, other=0.0).to(tl.float32)
+            y *= factor
         if HAS_BIAS:
-            y += tl.load(bias + at, mask=at < columns, other=0.0).to(tl.float32)
-        y = y.to(total.dtype.element_ty)  # without a residual, `total` is x
-        tl.store(out + row * columns + at, y.to(out.dtype.element_ty), mask=live)
+            y += shift
+        y = y.to(total.dtype.element_ty)
+        tl.store(out + row * columns + column, y.to(out.dtype.element_ty), mask=live)
 
 
 def _launch(
@@ -178,7 +197,8 @@ def _launch(
         x, summand, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), out, total,
         rows, columns, eps, *x_fold, *r_fold,
         HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        LOOPED=block < columns, ROWS=rows_each, BLOCK=block, num_warps=warps,
+        LOOPED=block < columns, FOLDED=_triton.folded(rows, x_fold[0], r_fold[0]),
+        ROWS=rows_each, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out, total
 
@@ -202,12 +222,13 @@ def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
     pointers = dict.fromkeys(("x", "residual", "weight", "bias", "out", "total"), f"*{dtype}")
     numbers = {"rows": "i32", "columns": "i32:16", "eps": "fp32"}
     strides = dict.fromkeys(("x_inner", "x_outer", "x_step", "r_inner", "r_outer", "r_step"), "i32:16")
-    values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "LOOPED": False, "ROWS": 1, **constexprs}
+    values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "LOOPED": False, "FOLDED": False, "ROWS": 1}
+    values |= constexprs
     return CompileExample(name, _layer_norm_kernel, {**pointers, **numbers, **strides}, values, num_warps=8)
 
 
 COMPILE_EXAMPLES = (
     _example("1024", "bf16", ROWS=2, BLOCK=1024),
     _example("no residual, 4096", "fp16", HAS_RESIDUAL=False, BLOCK=4096),
-    _example("looped", "fp32", LOOPED=True, BLOCK=8192),
+    _example("looped", "fp32", LOOPED=True, FOLDED=True, BLOCK=8192),
 )

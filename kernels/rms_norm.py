@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import _triton
-from fxopt.kernels._triton import CompileExample, jit, summed, tl
+from fxopt.kernels._triton import CompileExample, jit, row_start, summed, tl
 from fxopt.ops import Config, Target, fused_op
 
 
@@ -152,22 +152,47 @@ def _triton_objection(target: Target, x: Tensor, *rest: object) -> str | None:
 
 
 @jit
+def _weighted(  # type: ignore[no-untyped-def]
+    normed, factor, offset,
+    HAS_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUND_TO: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """What is normed, rounded and times the weight."""
+    if ROUND_TO is not None:
+        normed = normed.to(ROUND_TO).to(tl.float32)
+    if HAS_WEIGHT:
+        if HAS_OFFSET:
+            shifted = factor.to(tl.float32) + offset
+            factor = shifted if ROUND_TO is None else shifted.to(factor.dtype)
+        normed = (normed * factor.to(tl.float32)).to(PRODUCT)
+    return normed
+
+
+@jit
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, out, total,
     rows, columns, eps, offset,
     x_inner, x_outer, x_step, r_inner, r_outer, r_step,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    ROUND_TO: tl.constexpr, PRODUCT: tl.constexpr, LOOPED: tl.constexpr,
+    ROUND_TO: tl.constexpr, PRODUCT: tl.constexpr, LOOPED: tl.constexpr, FOLDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, float32 throughout; a row longer than BLOCK is read twice (the second time from L2)."""
+    """ROWS rows a program, float32 throughout; a row longer than BLOCK is read twice (the second time from L2).
+
+    Of a shorter one the weight is asked for before the sum of squares, which would wait for memory a second time.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    x += (row // x_inner) * x_outer + (row % x_inner) * x_step
+    x += row_start(row, x_inner, x_outer, x_step, FOLDED)
     if HAS_RESIDUAL:
-        residual += (row // r_inner) * r_outer + (row % r_inner) * r_step
+        residual += row_start(row, r_inner, r_outer, r_step, FOLDED)
     live = (row < rows) & (column < columns)
     wide = summed(x + column, residual + column, total, live, HAS_RESIDUAL)
+    factor = wide
+    if not LOOPED:
+        if HAS_WEIGHT:
+            factor = tl.load(weight + column, mask=column < columns, other=0.0)
+        if HAS_RESIDUAL:
+            tl.store(total + row * columns + column, wide.to(total.dtype.element_ty), mask=live)
     squares = tl.sum(wide * wide, 1)[:, None]
     if LOOPED:
         for start in range(BLOCK, columns, BLOCK):
@@ -175,23 +200,21 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
             wide = summed(x + start + column, residual + start + column, total, live, HAS_RESIDUAL)
             squares += tl.sum(wide * wide, 1)[:, None]
     scale = tl.rsqrt(squares / tl.cast(columns, tl.float32) + eps)
-    for start in range(0, columns, BLOCK):
-        at = start + column
-        live = (row < rows) & (at < columns)
-        if LOOPED:
+    if LOOPED:
+        for start in range(0, columns, BLOCK):
+            at = start + column
+            live = (row < rows) & (at < columns)
             wide = summed(x + at, residual + at, total, live, HAS_RESIDUAL)
-        if HAS_RESIDUAL:
-            tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
-        normed = wide * scale
-        if ROUND_TO is not None:
-            normed = normed.to(ROUND_TO).to(tl.float32)
-        if HAS_WEIGHT:
-            factor = tl.load(weight + at, mask=at < columns, other=0.0)
-            if HAS_OFFSET:
-                shifted = factor.to(tl.float32) + offset
-                factor = shifted if ROUND_TO is None else shifted.to(factor.dtype)
-            normed = (normed * factor.to(tl.float32)).to(PRODUCT)
-        tl.store(out + row * columns + at, normed.to(out.dtype.element_ty), mask=live)
+            if HAS_RESIDUAL:
+                tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
+            factor = wide
+            if HAS_WEIGHT:
+                factor = tl.load(weight + at, mask=at < columns, other=0.0)
+            normed = _weighted(wide * scale, factor, offset, HAS_WEIGHT, HAS_OFFSET, ROUND_TO, PRODUCT)
+            tl.store(out + row * columns + at, normed.to(out.dtype.element_ty), mask=live)
+    else:
+        normed = _weighted(wide * scale, factor, offset, HAS_WEIGHT, HAS_OFFSET, ROUND_TO, PRODUCT)
+        tl.store(out + row * columns + column, normed.to(out.dtype.element_ty), mask=live)
 
 
 def _launch(
@@ -227,7 +250,8 @@ def _launch(
         HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_OFFSET=weight_offset != 0.0,
         ROUND_TO=None if round_to is None else _triton.triton_dtype(round_to),
         PRODUCT=_triton.triton_dtype(product),
-        LOOPED=block < columns, ROWS=rows_each, BLOCK=block, num_warps=warps,
+        LOOPED=block < columns, FOLDED=_triton.folded(rows, x_fold[0], r_fold[0]),
+        ROWS=rows_each, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out, total
 
@@ -263,7 +287,8 @@ def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
     pointers = dict.fromkeys(("x", "residual", "weight", "out", "total"), f"*{dtype}")
     numbers = {"rows": "i32", "columns": "i32:16", "eps": "fp32", "offset": "fp32"}
     strides = dict.fromkeys(("x_inner", "x_outer", "x_step", "r_inner", "r_outer", "r_step"), "i32:16")
-    values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_OFFSET": False, "LOOPED": False, "ROWS": 1, **constexprs}
+    values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_OFFSET": False, "LOOPED": False, "FOLDED": False}
+    values |= {"ROWS": 1, **constexprs}
     return CompileExample(name, _rms_norm_kernel, {**pointers, **numbers, **strides}, values, num_warps=8)
 
 
@@ -271,6 +296,6 @@ COMPILE_EXAMPLES = (
     () if tl is None else (
         _example("Llama, 4096", "bf16", ROUND_TO=tl.bfloat16, PRODUCT=tl.bfloat16, BLOCK=4096),
         _example("Gemma, heads of 128", "fp16", ROUND_TO=None, PRODUCT=tl.float32, HAS_OFFSET=True, ROWS=16, BLOCK=128),
-        _example("looped", "fp32", ROUND_TO=None, PRODUCT=tl.float32, LOOPED=True, BLOCK=8192),
+        _example("looped", "fp32", ROUND_TO=None, PRODUCT=tl.float32, LOOPED=True, FOLDED=True, BLOCK=8192),
     )
 )  # fmt: skip

@@ -163,39 +163,75 @@ def _triton_objection(target: Target, x: Tensor, *rest: object) -> str | None:
 
 
 @jit
+def _pairs(  # type: ignore[no-untyped-def]
+    x, stride, live, other, HALVES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Both lanes of each pair of WIDTH lanes from `x` on, float32 [ROWS, BLOCK]: two halves, or side by side."""
+    pair = tl.arange(0, BLOCK)[None, :]
+    if HALVES:
+        first = tl.load(x + pair * stride, mask=live & (pair < WIDTH // 2), other=other).to(tl.float32)
+        second = tl.load(x + (pair + WIDTH // 2) * stride, mask=live & (pair < WIDTH // 2), other=other).to(tl.float32)
+    else:
+        lane = tl.arange(0, 2 * BLOCK)[None, :]
+        both = tl.load(x + lane * stride, mask=live & (lane < WIDTH), other=other).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
+    return first, second
+
+
+@jit
+def _table(  # type: ignore[no-untyped-def]
+    x, stride, live, other,
+    HALVES: tl.constexpr, HALF_TABLES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A table's numbers for both lanes of each pair."""
+    if HALF_TABLES:
+        pair = tl.arange(0, BLOCK)[None, :]
+        first = tl.load(x + pair * stride, mask=live & (pair < WIDTH // 2), other=other).to(tl.float32)
+        second = first
+    else:
+        first, second = _pairs(x, stride, live, other, HALVES, WIDTH, ROWS, BLOCK)
+    return first, second
+
+
+@jit
 def _rotate(  # type: ignore[no-untyped-def]
     block, x, out, cos, sin, rows, n1, n2,
     x0, x1, x2, x_lane, c0, c1, c2, c_lane, s0, s1, s2, s_lane, sign,
     LANES: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, READ_HALVES: tl.constexpr,
-    WRITE_HALVES: tl.constexpr, HALF_TABLES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WRITE_HALVES: tl.constexpr, HALF_TABLES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of all LANES lanes; each lane of the result reads both lanes of its pair, the second from L1."""
-    row = block * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-    lane = tl.arange(0, BLOCK)[None, :]
-    live = (row < rows) & (lane < LANES)
-    i0, i1, i2 = row // (n1 * n2), (row // n2) % n1, row % n2
+    """ROWS rows, of each BLOCK pairs, both lanes at a time; the other lanes (REST holds them) are copied.
+
+    With WIDE rows are numbered in 64 bits, in which a division takes several times as long.
+    """
+    row = (block * ROWS + tl.arange(0, ROWS))[:, None]
+    if WIDE:
+        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    live = row < rows
+    i0, i1, i2 = (row // (n1 * n2)).to(tl.int64), (row // n2 % n1).to(tl.int64), (row % n2).to(tl.int64)
     x += i0 * x0 + i1 * x1 + i2 * x2
-    at = lane - START
-    turned = live & (at >= 0) & (at < WIDTH)
-    half: tl.constexpr = WIDTH // 2
+    out += row.to(tl.int64) * LANES
+    a, b = _pairs(x + START * x_lane, x_lane, live, 0.0, READ_HALVES, WIDTH, ROWS, BLOCK)
+    cos += i0 * c0 + i1 * c1 + i2 * c2
+    sin += i0 * s0 + i1 * s1 + i2 * s2
+    c_a, c_b = _table(cos, c_lane, live, 1.0, WRITE_HALVES, HALF_TABLES, WIDTH, ROWS, BLOCK)
+    s_a, s_b = _table(sin, s_lane, live, 0.0, WRITE_HALVES, HALF_TABLES, WIDTH, ROWS, BLOCK)
+    first = (a * c_a - b * (s_a * sign)).to(out.dtype.element_ty)
+    second = (b * c_b + a * (s_b * sign)).to(out.dtype.element_ty)
     if WRITE_HALVES:
-        pair, second = at % half, at >= half
+        pair = tl.arange(0, BLOCK)[None, :]
+        tl.store(out + START + pair, first, mask=live & (pair < WIDTH // 2))
+        tl.store(out + START + WIDTH // 2 + pair, second, mask=live & (pair < WIDTH // 2))
     else:
-        pair, second = at // 2, at % 2 == 1
-    if READ_HALVES:
-        a, b = pair, pair + half
-    else:
-        a, b = 2 * pair, 2 * pair + 1
-    own, other = tl.where(second, b, a) + START, tl.where(second, a, b) + START
-    place = pair if HALF_TABLES else at
-    inside = (at >= 0) & (at < WIDTH)
-    straight = tl.load(x + tl.where(inside, own, lane) * x_lane, mask=live, other=0.0).to(tl.float32)
-    crossed = tl.load(x + other * x_lane, mask=turned, other=0.0).to(tl.float32)
-    c = tl.load(cos + i0 * c0 + i1 * c1 + i2 * c2 + place * c_lane, mask=turned, other=1.0).to(tl.float32)
-    s = tl.load(sin + i0 * s0 + i1 * s1 + i2 * s2 + place * s_lane, mask=turned, other=0.0).to(tl.float32)
-    s = tl.where(second, s, -s) * sign
-    result = tl.where(inside, straight * c + crossed * s, straight)
-    tl.store(out + row * LANES + lane, result.to(out.dtype.element_ty), mask=live)
+        lane = tl.arange(0, 2 * BLOCK)[None, :]
+        both = tl.reshape(tl.join(first, second), (ROWS, 2 * BLOCK))
+        tl.store(out + START + lane, both, mask=live & (lane < WIDTH))
+    if WIDTH != LANES:
+        lane = tl.arange(0, REST)[None, :] + (0 if START else WIDTH)
+        there = live & (lane < (START if START else LANES))
+        copied = tl.load(x + lane * x_lane, mask=there, other=0.0)
+        tl.store(out + lane, copied.to(out.dtype.element_ty), mask=there)
 
 
 @jit
@@ -204,7 +240,8 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
     k, k_out, k_rows, k_n1, k_n2, k0, k1, k2, k_lane, kc0, kc1, kc2, ks0, ks1, ks2,
     cos, sin, c_lane, s_lane, sign, q_blocks,
     LANES: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, READ_HALVES: tl.constexpr,
-    WRITE_HALVES: tl.constexpr, HALF_TABLES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WRITE_HALVES: tl.constexpr, HALF_TABLES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     """The first `q_blocks` programs rotate q, the others k: one launch for both."""
     block = tl.program_id(0)
@@ -212,13 +249,13 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
         _rotate(
             block, q, q_out, cos, sin, q_rows, q_n1, q_n2,
             q0, q1, q2, q_lane, qc0, qc1, qc2, c_lane, qs0, qs1, qs2, s_lane, sign,
-            LANES, WIDTH, START, READ_HALVES, WRITE_HALVES, HALF_TABLES, ROWS, BLOCK,
+            LANES, WIDTH, START, READ_HALVES, WRITE_HALVES, HALF_TABLES, WIDE, ROWS, BLOCK, REST,
         )  # fmt: skip
     else:
         _rotate(
             block - q_blocks, k, k_out, cos, sin, k_rows, k_n1, k_n2,
             k0, k1, k2, k_lane, kc0, kc1, kc2, c_lane, ks0, ks1, ks2, s_lane, sign,
-            LANES, WIDTH, START, READ_HALVES, WRITE_HALVES, HALF_TABLES, ROWS, BLOCK,
+            LANES, WIDTH, START, READ_HALVES, WRITE_HALVES, HALF_TABLES, WIDE, ROWS, BLOCK, REST,
         )  # fmt: skip
 
 
@@ -249,7 +286,7 @@ def _launch(
     given = [q] if k is None else [q, k]
     outs = [x.new_empty(x.shape, dtype=_result_dtype(x, cos, sin, compute, out_dtype)) for x in given]
     lanes, width = q.shape[-1], cos.shape[-1] * (2 if half_tables else 1)
-    block = _triton.next_power_of_2(lanes)
+    block, rest = _triton.next_power_of_2(width // 2), _triton.next_power_of_2(lanes - width)
     rows = max(1, 1024 // block)
     described: list[Any] = []
     blocks = []
@@ -264,7 +301,8 @@ def _launch(
     _rotary_kernel[(sum(blocks),)](
         *described, cos, sin, cos.stride(-1), sin.stride(-1), -1.0 if inverse else 1.0, blocks[0],
         LANES=lanes, WIDTH=width, START=lanes - width if last else 0, READ_HALVES=read == "halves",
-        WRITE_HALVES=written == "halves", HALF_TABLES=half_tables, ROWS=rows, BLOCK=block, num_warps=4,
+        WRITE_HALVES=written == "halves", HALF_TABLES=half_tables, WIDE=sum(blocks) * rows >= 1 << 31, ROWS=rows,
+        BLOCK=block, REST=rest, num_warps=4,
     )  # fmt: skip
     return outs
 
@@ -297,13 +335,15 @@ def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
     signature |= {"cos": pointers["cos"], "sin": pointers["sin"], "c_lane": "i32", "s_lane": "i32"}
     signature |= {"sign": "fp32", "q_blocks": "i32"}
     values = {"LANES": 128, "WIDTH": 128, "START": 0, "READ_HALVES": True, "WRITE_HALVES": True, "HALF_TABLES": False}
-    return CompileExample(name, _rotary_kernel, signature, {**values, "ROWS": 8, "BLOCK": 128, **constexprs})
+    values |= {"WIDE": False, "REST": 1}
+    return CompileExample(name, _rotary_kernel, signature, {**values, "ROWS": 16, "BLOCK": 64, **constexprs})
 
 
 COMPILE_EXAMPLES = (
     () if tl is None else (
         _example("Llama, heads of 128", "bf16"),
-        _example("interleaved, partial", "fp16", LANES=96, WIDTH=64, READ_HALVES=False, WRITE_HALVES=False),
-        _example("tables of pairs", "fp32", HALF_TABLES=True, LANES=64, WIDTH=64, ROWS=16, BLOCK=64),
+        _example("interleaved, partial", "fp16", LANES=96, WIDTH=64, READ_HALVES=False, WRITE_HALVES=False,
+                 BLOCK=32, REST=32, WIDE=True),
+        _example("tables of pairs", "fp32", HALF_TABLES=True, LANES=64, WIDTH=64, ROWS=32, BLOCK=32),
     )
 )  # fmt: skip
