@@ -39,7 +39,7 @@ def attend(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The `attention` op (without soft cap and factor) by F.scaled_dot_product_attention."""
-    mask = with_bias(dense_mask(mask, first, q.shape[2]), bias, q.shape[2], k.shape[2], empty_rows)
+    mask = with_bias(dense_mask(mask, first), bias, q.shape[2], k.shape[2], empty_rows)
     mask = with_bounds(mask, first, last, k.shape[2], empty_rows)
     width, value_width, dtype = q.shape[3], v.shape[3], v.dtype
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -87,12 +87,12 @@ def within_bounds(first: Tensor | None, last: Tensor | None, keys: int) -> Tenso
     return live
 
 
-def dense_mask(mask: Tensor | None, first: Tensor | None, rows: int) -> Tensor | None:
-    """`mask`; numbers of segments, one a row and one a key, as the boolean mask that they and `first` stand for."""
+def dense_mask(mask: Tensor | None, first: Tensor | None) -> Tensor | None:
+    """`mask`; numbers of segments, one a key and row, as the boolean mask that they and `first` stand for."""
     if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
         return mask
     assert first is not None
-    return (mask[..., :rows, None] == mask[..., None, rows:]) | (first >= 0)[..., None]
+    return (mask[..., :, None] == mask[..., None, :]) | (first >= 0)[..., None]
 
 
 def spread(bias: Tensor, rows: int, keys: int) -> Tensor:

@@ -152,7 +152,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         live = (column < keys - start)[None, :] & in_rows
         entries = live
         counts = 1
-        if MASK != 0:
+        if MASK != 0 and not ONE_ROW:
             entries = tl.load(mask_tile + tl.cast(start, tl.int64) * m_key, mask=live, other=0)
         if ONE_ROW:
             if visited % AT_ONCE == 0:
@@ -175,6 +175,10 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         if MASK == 0 or counts != 0:
             factors = live
             biases = live
+            seen_keys = entries
+            if ONE_ROW:
+                key_at = (start + column).to(tl.int64) * m_key
+                seen_keys = tl.load(only_row + key_at, mask=column < keys - start, other=0)[None, :]
             if FACTOR:
                 factors = tl.load(factor_tile + tl.cast(start, tl.int64) * f_key, mask=live, other=0.0)
             if BIAS == 3:
@@ -182,7 +186,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
             elif BIAS != 0:
                 biases = tl.load(bias_tile + start, mask=live, other=0.0)
             top, weight, acc = _step(
-                q_tile, k, v, entries, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, live,
+                q_tile, k, v, seen_keys, factors, biases, row, column, start, keys, scale, cap, k_key, v_key, live,
                 from_key, to_key, flat, top, weight, acc, MASK, FACTOR, BIAS, CAP, IS_CAUSAL, FIRST, LAST, FLAT, True,
                 D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip

@@ -200,7 +200,7 @@ class Operands:
     `strides` are those of q, k, v (batch, head, row), mask and factor (batch, head, row, key), bias (batch, head), sink
     and bounds (batch, head, row), in this order, 0 where a tensor is broadcast. What isn't given is None. A bias is
     dense at the end; one by distance begins, as it is here, at distance 0, and those below zero lie before it. A mask
-    that is segments has the rows' and keys' numbers in place of rows, and one key.
+    that is segments has the keys' numbers in place of rows, and one key.
     """
 
     q: Tensor

@@ -80,7 +80,7 @@ def attention(
     """Attention of `q` [B, Hq, M, D] over `k` [B, Hkv, N, D] and `v` [B, Hkv, N, Dv]; Hq is a multiple of Hkv.
 
     `mask` broadcasts to [B, Hq, M, N]: bool (True attends) or a float that is added to the scaled scores. Integers
-    [B or 1, Hq or 1, M + N] number the segments of rows and then of keys: where numbers are equal, the row attends.
+    [B or 1, Hq or 1, N] number the segments of keys, and of as many rows: where numbers are equal, the row attends.
     `is_causal` further restricts row i to the keys j <= i; the integers `first` and `last` (which broadcast to
     [B, Hq, M]) restrict it to first <= j <= last as a boolean mask would. Beside segments `first` must be given; where
     it isn't negative the row attends to all keys within its bounds, and the numbers need not be read.
@@ -93,7 +93,7 @@ def attention(
     each distance of key j and row i, that at j - i + M - 1; with two, [B or 1, Hq or 1], a slope, which is multiplied
     by j - i. `sink` (broadcasts to [B, Hq, M, 1]) is the score of a key that takes weight and has no value.
     """
-    mask = dense_mask(mask, first, q.shape[2])
+    mask = dense_mask(mask, first)
     dtypes = [t.dtype for t in (q, k, v, mask, sink, factor, bias) if t is not None]
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
     heads, rows = q.shape[1], q.shape[2]
@@ -253,7 +253,7 @@ def _trained_objection(
 @attention.implementation("triton_trained", when=_trained_objection)
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
     mask, *more, first, last, bias = rest
-    mask = dense_mask(mask, first, q.shape[2])  # type: ignore[arg-type]
+    mask = dense_mask(mask, first)  # type: ignore[arg-type]
     result: Tensor = attention_stats(q, k, v, mask, *more, first, last, bias)[0]
     return result
 
@@ -301,7 +301,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_cau
     empty_rows, _, _, _, first, last, _ = rest
     if q.device.type != "cpu":
         k, v = repeat_heads(q, k), repeat_heads(q, v)  # see sdpa_repeated
-    mask = with_bounds(dense_mask(mask, first, q.shape[2]), first, last, k.shape[2], empty_rows)
+    mask = with_bounds(dense_mask(mask, first), first, last, k.shape[2], empty_rows)
     assert mask is not None
     return _attention_sdpa.attend_filled(q, k, v, mask, scale, is_causal)
 
@@ -396,7 +396,7 @@ def _(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + spread(bias, rows, k.shape[2])
-    mask = dense_mask(mask, first, rows)
+    mask = dense_mask(mask, first)
     if mask is not None:
         filling = torch.finfo(scores.dtype).min if empty_rows == "uniform" else -torch.inf
         scores = torch.where(mask, scores, filling) if mask.dtype == torch.bool else scores + mask

@@ -287,8 +287,8 @@ def _example(name: str, dtype: str, **constexprs: Any) -> CompileExample:
     pointers = dict.fromkeys(("x", "residual", "weight", "out", "total"), f"*{dtype}")
     numbers = {"rows": "i32", "columns": "i32:16", "eps": "fp32", "offset": "fp32"}
     strides = dict.fromkeys(("x_inner", "x_outer", "x_step", "r_inner", "r_outer", "r_step"), "i32:16")
-    values = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_OFFSET": False, "LOOPED": False, "FOLDED": False}
-    values |= {"ROWS": 1, **constexprs}
+    flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_OFFSET": False, "LOOPED": False, "FOLDED": False}
+    values = {**flags, "ROWS": 1, **constexprs}
     return CompileExample(name, _rms_norm_kernel, {**pointers, **numbers, **strides}, values, num_warps=8)
 
 

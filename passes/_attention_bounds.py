@@ -325,7 +325,7 @@ class _Maker(Inserter):
         return first, call(aten.sub.Tensor, after, 1)
 
     def scattered(self, segment: Segment) -> tuple[Node, Node, Node]:
-        """(first, last, numbers of rows and keys) of segments in any order; as many rows as there are keys.
+        """(first, last, numbers) of segments in any order; as many rows as there are keys.
 
         First is -1 where keys of other segments lie between. Layers that ask for the same share it.
         """
@@ -337,7 +337,7 @@ class _Maker(Inserter):
         last = call(aten.amax.default, call(aten.where.ScalarOther, same, key, -1), [-1])
         count = call(aten.sum.dim_IntList, same, [-1], dtype=torch.int32)
         together = call(aten.eq.Tensor, call(aten.sub.Tensor, last, first), call(aten.sub.Tensor, count, 1))
-        result = call(aten.where.ScalarOther, together, first, -1), last, call(aten.cat.default, [first, first], -1)
+        result = call(aten.where.ScalarOther, together, first, -1), last, first
         for node in self.match.made[already:]:
             node.meta[SHARED] = True
         return result

@@ -186,7 +186,7 @@ def test_documents_of_as_many_rows_as_keys_are_numbers(bounding, fill, order):
     program, arguments = added(documents, fill), (*qkv(rows=KEYS, keys=KEYS), given[order])
     compare(bounding.run(program, *arguments), program, arguments)
     assert bounding.sites == 1, bounding.reasons
-    assert arguments_of(bounding.calls[0]) == (False, True, True, (2, 1, 2 * KEYS))
+    assert arguments_of(bounding.calls[0]) == (False, True, True, (2, 1, KEYS))
     assert bounding.calls[0][3].meta["val"].dtype == torch.int32
 
 
