@@ -231,4 +231,5 @@ COMPILE_EXAMPLES = (
     _example("1024", "bf16", ROWS=2, BLOCK=1024),
     _example("no residual, 4096", "fp16", HAS_RESIDUAL=False, BLOCK=4096),
     _example("looped", "fp32", LOOPED=True, FOLDED=True, BLOCK=8192),
+    _example("looped, no residual", "bf16", HAS_RESIDUAL=False, LOOPED=True, BLOCK=2048),
 )

@@ -207,10 +207,10 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
             wide = summed(x + at, residual + at, total, live, HAS_RESIDUAL)
             if HAS_RESIDUAL:
                 tl.store(total + row * columns + at, wide.to(total.dtype.element_ty), mask=live)
-            factor = wide
+            factors = 1.0
             if HAS_WEIGHT:
-                factor = tl.load(weight + at, mask=at < columns, other=0.0)
-            normed = _weighted(wide * scale, factor, offset, HAS_WEIGHT, HAS_OFFSET, ROUND_TO, PRODUCT)
+                factors = tl.load(weight + at, mask=at < columns, other=0.0)
+            normed = _weighted(wide * scale, factors, offset, HAS_WEIGHT, HAS_OFFSET, ROUND_TO, PRODUCT)
             tl.store(out + row * columns + at, normed.to(out.dtype.element_ty), mask=live)
     else:
         normed = _weighted(wide * scale, factor, offset, HAS_WEIGHT, HAS_OFFSET, ROUND_TO, PRODUCT)
@@ -297,5 +297,6 @@ COMPILE_EXAMPLES = (
         _example("Llama, 4096", "bf16", ROUND_TO=tl.bfloat16, PRODUCT=tl.bfloat16, BLOCK=4096),
         _example("Gemma, heads of 128", "fp16", ROUND_TO=None, PRODUCT=tl.float32, HAS_OFFSET=True, ROWS=16, BLOCK=128),
         _example("looped", "fp32", ROUND_TO=None, PRODUCT=tl.float32, LOOPED=True, FOLDED=True, BLOCK=8192),
+        _example("looped, rounded", "bf16", ROUND_TO=tl.bfloat16, PRODUCT=tl.bfloat16, LOOPED=True, BLOCK=2048),
     )
 )  # fmt: skip
