@@ -36,7 +36,7 @@ FORMS = {
     ),
     "documents by a column's numbers": (
         lambda i, j, m: m[:, None, :, None] == m[:, None, None, :],
-        (False, True, True, (2, 1, 2 * N)),
+        (False, True, True, (2, 1, N)),
     ),
     "prefix": (lambda i, j, m: (j <= i) | (j < 8), (False, False, True, None)),
     "a prefix a sequence": (
