@@ -195,9 +195,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         factors = live
         biases = live
         if MASK == 3:
-            of_row = tl.load(mask + wide_row * m_row, mask=row < rows, other=0)
-            key_at = (start + column).to(tl.int64) * m_row
-            of_key = tl.load(mask + key_at, mask=column < keys - start, other=0)
+            of_row = tl.load(mask + row, mask=row < rows, other=0)
+            of_key = tl.load(mask + start + column, mask=column < keys - start, other=0)
             entries = (of_row[:, None] == of_key[None, :]) | (from_key >= 0)[:, None]
         elif MASK != 0:
             if MASK_ROWS:

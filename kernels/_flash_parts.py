@@ -266,7 +266,7 @@ def operands(
             mask = float32_mask(mask)
         skip_minima = mask.dtype in (torch.float32, torch.bfloat16)
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
-        mask = mask.expand(*shape[:2], -1)[..., None] if kind == SEGMENTS else mask.expand(shape)
+        mask = _dense(mask).expand(*shape[:2], -1)[..., None] if kind == SEGMENTS else mask.expand(shape)
     factor = None if factor is None else _single(factor).expand(shape)
     by = 0
     if bias is not None:

@@ -22,6 +22,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_collectstart(collector):
+    """Likewise those that a module of tests makes as it is imported."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 class Doubled(torch.autograd.Function):
     """Its backward is deliberately not its derivative: a dropped backward shows."""
 

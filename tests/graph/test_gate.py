@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
@@ -26,10 +27,15 @@ def outcome(captured, program, *inputs, grad=False):
 
 
 def same(a, b, rounding=1e-5):
-    torch.testing.assert_close(a, b, rtol=rounding, atol=rounding, equal_nan=True)
+    """To `rounding` of each tensor's largest value: what cancels is no more exact than what it is made of."""
+    a, b = (tree_leaves(t) for t in (a, b))
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        largest = x.detach().abs().max().item() if isinstance(x, torch.Tensor) and x.numel() else 1.0
+        torch.testing.assert_close(x, y, rtol=rounding, atol=rounding * max(1.0, largest), equal_nan=True)
 
 
-BF16 = 0.02  # AOTAutograd alone rounds sums and gradients in another order than eager mode
+BF16 = 2 * torch.finfo(torch.bfloat16).eps  # AOTAutograd alone rounds sums and gradients in another order
 
 
 x = torch.randn(4, 4)
