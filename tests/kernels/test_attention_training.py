@@ -144,7 +144,9 @@ def unsigned(tensors, more):
     nearly equal, and p (dP - delta) is exact to an ulp of them, not of their difference (FlashAttention, algorithm 4).
     """
     q, k, v = (t.double() for t in tensors)
-    more = {name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in more.items()}
+    more = {
+        name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in more.items()
+    }
     eye = torch.eye(k.shape[2], dtype=F64, device=k.device).expand(B, HKV, -1, -1)
     p = exact(q, k, eye, **more)
     grad = torch.randn(*q.shape[:3], v.shape[3], generator=torch.Generator().manual_seed(1)).to(v)
