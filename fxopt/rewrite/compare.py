@@ -36,7 +36,8 @@ def distance(truth: Any, found: Any, excused: Tensor | None = None) -> Distance:
     if not (truth.is_floating_point() or truth.is_complex()):
         wrong = int((truth.cpu() != found.cpu()).sum())
         return Distance(math.inf, f"{wrong} of {truth.numel()} elements differ") if wrong else Distance(0.0)
-    truth, found = _real(truth), _real(found)
+    truth = _real(truth)
+    found = _real(found).to(truth.device)
     both = torch.isfinite(truth) & torch.isfinite(found)
     same = both | (truth == found) | (truth.isnan() & found.isnan())
     scale = torch.where(torch.isfinite(truth), truth.abs(), 0.0)
@@ -59,7 +60,7 @@ def non_finite(value: Any) -> Tensor:
 
 
 def _real(value: Tensor) -> Tensor:
-    value = value.detach().to("cpu")
+    value = value.detach()
     if value.is_complex():
         return torch.view_as_real(value.to(torch.complex128))
     return value.to(torch.float64)

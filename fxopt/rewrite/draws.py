@@ -36,32 +36,41 @@ class Draw:
     high: int = 2
 
     def make(self, generator: torch.Generator) -> Tensor:
-        """The tensor, on the CPU."""
+        """The tensor, on the generator's device."""
         shape = tuple(self.shape[d] for d in self.order)
         back = [self.order.index(d) for d in range(len(shape))]
         return self._dense(shape, generator).permute(back)
 
     def _dense(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        device = generator.device
+
+        def uniform(size: tuple[int, ...]) -> Tensor:
+            return torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+
+        def normal() -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+
         rows = (*shape[:-1], 1) if shape else ()
         if self.kind in ("bool", "dead"):
-            drawn = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.7
+            drawn = uniform(shape) < 0.7
             if self.kind == "dead":
-                drawn &= torch.rand(rows, generator=generator, dtype=torch.float64) < 0.7
+                drawn &= uniform(rows) < 0.7
             return drawn
         if self.kind == "int":
-            return torch.randint(self.low, max(self.high, self.low + 1), shape, generator=generator).to(self.dtype)
+            high = max(self.high, self.low + 1)
+            return torch.randint(self.low, high, shape, generator=generator, device=device).to(self.dtype)
         if self.kind == "zeros":
-            return torch.zeros(shape, dtype=self.dtype)
+            return torch.zeros(shape, dtype=self.dtype, device=device)
         if self.kind == "mask":
-            fill = torch.zeros(shape, dtype=torch.float64)
-            fill[torch.rand(shape, generator=generator, dtype=torch.float64) < 0.3] = -math.inf
-            fate = torch.rand(rows, generator=generator, dtype=torch.float64)
+            fill = torch.zeros(shape, dtype=torch.float64, device=device)
+            fill[uniform(shape) < 0.3] = -math.inf
+            fate = uniform(rows)
             fill = torch.where(fate < 0.2, -math.inf, fill)
             return torch.where(fate > 0.8, torch.finfo(self.dtype).min, fill).to(self.dtype)
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        drawn = normal()
         if self.dtype.is_complex:
-            drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=torch.float64))
+            drawn = torch.complex(drawn, normal())
         if self.kind == "rows":
             large = LARGE_HALF if self.dtype == torch.float16 else LARGE
-            drawn = drawn * torch.where(torch.rand(rows, generator=generator, dtype=torch.float64) < 0.25, large, 1.0)
+            drawn = drawn * torch.where(uniform(rows) < 0.25, large, 1.0)
         return drawn.to(self.dtype)

@@ -56,9 +56,10 @@ def script(name: str, detail: str, pair: Pair, sizes: Sizes, trial: Trial) -> st
 
 def _inputs(pair: Pair, trial: Trial) -> str:
     # The draws share one generator, so they are made in the trial's order and handed over in the inputs'.
-    lines = ["def make_inputs():", f"    generator = torch.Generator().manual_seed({trial.seed})"]
+    generator = f"torch.Generator({str(trial.device)!r}).manual_seed({trial.seed})"
+    lines = ["def make_inputs():", f"    generator = {generator}"]
     for node, draw in trial.draws.items():
-        lines.append(f"    {_name(node)} = {draw!r}.make(generator)")
+        lines.append(f"    {_name(node)} = {draw!r}.make(generator).cpu()")
     for node, value in trial.given.items():
         lines.append(f"    {_name(node)} = {_literal(value)}")
     lines.append(f"    return [{', '.join(_name(n) for n in pair.inputs)}]")

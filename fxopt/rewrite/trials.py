@@ -20,6 +20,7 @@ from torch.fx import Node
 from fxopt.graph.query import aten, is_call, is_cast, is_copy, is_permute, is_reshape, val
 from fxopt.match.match import Match
 from fxopt.rewrite.draws import Draw
+from fxopt.rewrite.evaluate import CPU
 from fxopt.rewrite.fusion import Fusion
 from fxopt.rewrite.region import Pair, constant, stride_order
 from fxopt.rewrite.standin import Sizes
@@ -47,17 +48,20 @@ class Trial:
     native: bool = True  # also compared at the real dtypes
     plain: bool = False  # random values only
     smooth: bool = False  # a gradient is well defined
+    device: torch.device = CPU
 
     def values(self) -> dict[Node, Any]:
-        """The value of every input, on the CPU, in its own dtype."""
-        generator = torch.Generator().manual_seed(self.seed)
+        """The value of every input in its own dtype, on `device`, which has random numbers of its own."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
         drawn = {node: draw.make(generator) for node, draw in self.draws.items()}
-        return drawn | self.given
+        return drawn | {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in self.given.items()}
 
 
-def trials(fusion: Fusion, match: Match, pair: Pair, sizes: Sizes, seed: int) -> Iterator[Trial]:
+def trials(
+    fusion: Fusion, match: Match, pair: Pair, sizes: Sizes, seed: int, device: torch.device = CPU
+) -> Iterator[Trial]:
     """The trials at the given sizes, the plainest first. Run inside `isolated`."""
-    maker = _Maker(pair, sizes, seed)
+    maker = _Maker(pair, sizes, seed, device)
     yield maker.trial("normal", {}, smooth=True)
     yield maker.trial("normal again", {}, wide_integers=True)
     if maker.floats:
@@ -71,9 +75,10 @@ def trials(fusion: Fusion, match: Match, pair: Pair, sizes: Sizes, seed: int) ->
 
 
 class _Maker:
-    def __init__(self, pair: Pair, sizes: Sizes, seed: int) -> None:
+    def __init__(self, pair: Pair, sizes: Sizes, seed: int, device: torch.device) -> None:
         self.sizes = sizes
         self.seed = seed
+        self.device = device
         self.count = 0
         self.given: dict[Node, Any] = {}
         self.tensors: list[Node] = []
@@ -109,7 +114,8 @@ class _Maker:
         for node, value in (hostile or {}).items():
             given[node] = fit(value, self.sizes.shape(val(node)), val(node).dtype)
         draws = {n: self._draw(n, kinds.get(n, "normal"), wide_integers) for n in self.tensors if n not in given}
-        return Trial(name, self.seed * 1009 + self.count, draws, given, native, not kinds and not hostile, smooth)
+        plain = not kinds and not hostile
+        return Trial(name, self.seed * 1009 + self.count, draws, given, native, plain, smooth, self.device)
 
     def _draw(self, node: Node, kind: str, wide: bool) -> Draw:
         value = val(node)

@@ -3,8 +3,8 @@
     metadata     shapes, dtypes, devices, aliases of every replaced value
     the algebra  original and replacement at small stand-in sizes in float64 (fused ops by their references), on random
                  and hostile inputs: equal to about 1e-9, or the rewrite is wrong; so are gradients, in training
-    the kernel   the implementation that will run, at its real dtype on its real device: its error against float64 is
-                 at most twice the original's own, plus one unit in the last place
+    the kernel   the implementation that will run, at its real dtype on its real device, on a GPU at its real sizes:
+                 its error against float64 is at most twice the original's own, plus one unit in the last place
 
 Nothing is specialised, drawn from the global RNG or left behind in the compilation around it. What equal regions gave
 before is looked up (see `verdicts`), so a model of 32 equal layers is checked once.
@@ -29,12 +29,14 @@ from fxopt.graph.scope import Scope
 from fxopt.match.match import Match
 from fxopt.ops import ANYWHERE, Implementation, Target, find_op
 from fxopt.rewrite import verdicts
+from fxopt.rewrite.budget import SECONDS, budget_of
 from fxopt.rewrite.compare import Distance, distance, non_finite
 from fxopt.rewrite.evaluate import CPU, Objection, ShapeMismatch, isolated, promote, run_native, run_promoted
 from fxopt.rewrite.fusion import Fusion, Precision, Verdict
 from fxopt.rewrite.gradients import differentiated, gradient_difference
 from fxopt.rewrite.meta_check import alias_difference, check_meta, stride_difference
 from fxopt.rewrite.region import Pair, extract, obstacle
+from fxopt.rewrite.relations import Relations
 from fxopt.rewrite.repro import write_repro
 from fxopt.rewrite.standin import Sizes, candidates, full_width
 from fxopt.rewrite.trials import Trial, trials
@@ -42,10 +44,6 @@ from fxopt.rewrite.trials import Trial, trials
 __all__ = ["Verifier", "check_meta", "stride_difference"]
 
 log = logging.getLogger(__name__)
-
-#: the budget for one signature, not applied at level "strict"
-BYTES = 64 << 20
-SECONDS = 0.3
 
 #: how many draws judge a replacement that one draw found less exact than the original
 DRAWS = 5
@@ -271,10 +269,9 @@ class _Check:
         """The error of what will run, at its own dtypes, against the original's own; both against float64."""
         holds = f"algebra: {equal.trials} trials within {max(equal.error, 1e-16):.0e} with {equal.sizes}"
         reason, worst, ran = "", 0.0, False
-        # Once small, where every branch is reached, and once at the real width, where rounding errors add up.
-        for group in ((equal.sizes, *equal.rest), full_width(self.pair)):
+        for group in _groups(self.pair, equal, target):
             for sizes in group:
-                over = None if self.strict else _over_budget(self.pair, sizes)
+                over = None if self.strict else _over_budget(self.pair, sizes, _where(sizes, target))
                 try:
                     found = over or self._errors(sizes, target, chosen)
                 except (Objection, ShapeMismatch, _Unrunnable) as error:
@@ -315,14 +312,16 @@ class _Check:
     ) -> list[_Measured] | _Failure:
         pair = self.pair
         found: list[_Measured] = []
-        for trial in trials(self.fusion, self.match, pair, sizes, seed):
+        where = _where(sizes, target)
+        for trial in trials(self.fusion, self.match, pair, sizes, seed, where):
             if not trial.native:
                 continue
             values = trial.values()
             promoted = {n: promote(v) for n, v in values.items()}
             there = {n: v.to(target.device) if isinstance(v, Tensor) else v for n, v in values.items()}
             try:
-                truth = self._outputs(run_promoted(pair.old, promoted, sizes, check=True), pair.outputs)
+                exact = run_promoted(pair.old, promoted, sizes, check=True, device=where)
+                truth = self._outputs(exact, pair.outputs)
                 old = self._outputs(run_native(pair.old, there, sizes, target.device, {}, target), pair.outputs)
             except ShapeMismatch:
                 raise
@@ -334,7 +333,7 @@ class _Check:
             except Objection:
                 raise
             except Exception as error:
-                if sizes.real:
+                if sizes.real and not isinstance(error, torch.OutOfMemoryError):
                     return _Failure(f"the kernel raised {_one_line(error)}", pair, sizes, trial)
                 raise _Unrunnable(f"the kernel raised with {sizes}: {_one_line(error)}") from error
             for i in range(len(truth)):
@@ -377,7 +376,7 @@ class _Check:
             apart = distance(truth if distance(truth, old).error == 0 else old, new)
             return (Distance(0.0), apart, 1.0) if apart.error == 0 else f"differs in integers: {apart.words}"
         # Where the original overflowed the replacement is free, unless that is what the mathematics says.
-        overflowed = non_finite(old) & ~non_finite(truth)
+        overflowed = non_finite(old).to(truth.device) & ~non_finite(truth)
         unit = max(torch.finfo(old.dtype).eps, TOLERANCE / 2)
         return distance(truth, old, overflowed), distance(truth, new, overflowed), unit
 
@@ -405,7 +404,27 @@ def _choose(pair: Pair, target: Target) -> dict[Node, Implementation]:
     return chosen
 
 
-def _over_budget(pair: Pair, sizes: Sizes) -> str | None:
+def _groups(pair: Pair, equal: _Equal, target: Target) -> Iterator[Iterable[Sizes]]:
+    """Sizes to run the kernel at; of each group the first that can be run.
+
+    On a GPU the real ones, where memory and time allow that: what is compiled for them is what will run. Otherwise once
+    small, where every branch is reached, and once at the real width, where rounding errors add up.
+    """
+    real = Sizes()
+    static = target.device.type != "cpu" and not Relations.of(pair).symbols
+    if static and _over_budget(pair, real, target.device) is None:
+        yield (real, equal.sizes, *equal.rest)
+        return
+    yield (equal.sizes, *equal.rest)
+    yield full_width(pair)
+
+
+def _where(sizes: Sizes, target: Target) -> torch.device:
+    """Where the original is computed in float64: small sizes on the CPU, real ones where the graph runs."""
+    return target.device if sizes.real else CPU
+
+
+def _over_budget(pair: Pair, sizes: Sizes, device: torch.device = CPU) -> str | None:
     elements = flops = 0
     for node in pair.nodes:
         for leaf in _tensors(val(node)):
@@ -418,9 +437,10 @@ def _over_budget(pair: Pair, sizes: Sizes) -> str | None:
                 if len(operands) > 1:
                     a, b = sorted(operands)[-2:]
                     flops += 2 * int(math.sqrt(a * b * max(count, 1)))
-    if 2 * 8 * elements > BYTES:
-        return f"{2 * 8 * elements >> 20} MiB at {sizes}, over the budget of {BYTES >> 20} MiB"
-    seconds = 6 * (elements * 1e-8 + flops * 5e-10)
+    budget = budget_of(device)
+    if 2 * 8 * elements > budget.bytes:
+        return f"{2 * 8 * elements >> 20} MiB at {sizes}, over the budget of {budget.bytes >> 20} MiB"
+    seconds = 6 * (elements * budget.seconds_an_element + flops * budget.seconds_a_flop)
     if seconds > SECONDS:
         return f"about {seconds:.1f} s at {sizes}, over the budget of {SECONDS} s"
     return None

@@ -382,6 +382,16 @@ def test_a_kernel_that_only_takes_the_real_width_runs_at_it():
     assert "aten" in verdict.detail
 
 
+@pytest.mark.gpu
+def test_a_kernel_on_a_gpu_is_compared_at_its_real_sizes():
+    wide = torch.empty(2048, 4096, device="cuda")
+    verdict = verify(sum_of_squares, picky, wide)  # wrong from 2048 rows on
+    assert verdict.status == "failed", verdict
+    assert "the real sizes" in verdict.detail
+    assert verify(sum_of_squares, picky, wide[1:]).status == "equal"
+    assert verify(sum_of_squares, exact, wide).status == "equal"
+
+
 def test_a_kernel_that_can_not_run_is_not_called_equal():
     never = fused_op("test_never(Tensor x) -> Tensor")(sum_of_squares)
     never.fake(lambda x: x.new_empty(x.shape[:-1]))
