@@ -383,6 +383,7 @@ def test_a_kernel_that_only_takes_the_real_width_runs_at_it():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_kernel_on_a_gpu_is_compared_at_its_real_sizes():
     wide = torch.empty(2048, 4096, device="cuda")
     verdict = verify(sum_of_squares, picky, wide)  # wrong from 2048 rows on
