@@ -57,11 +57,8 @@ def test_attention_with_rows_masked_throughout(assert_as_good_as, kind, kv_heads
     torch._dynamo.reset()
     with fxopt.record() as rec:
         ours = results(torch.compile(program, backend="fxopt"), narrow, dtype)
-    if dtype is torch.float32 and kv_heads == 2 and not rec.counts():
-        # The memory-efficient kernel's float32 error lies about twice eager mode's, which is the most that is allowed.
-        assert any(
-            "less exact than the original" in step.verdict.detail for graph in rec.graphs for step in graph.steps
-        )
+    if dtype is torch.float32 and not rec.counts():
+        assert found_less_exact(rec)
     else:
         assert rec.counts() == {"attention": 1}
     for mine, theirs, truth in zip(ours, eager, exact, strict=True):
@@ -69,6 +66,13 @@ def test_attention_with_rows_masked_throughout(assert_as_good_as, kind, kv_heads
             assert not (mine.isnan() & ~theirs.isnan()).any()
             mine, theirs, truth = (t.masked_fill(theirs.isnan(), 0) for t in (mine, theirs, truth))
         assert_as_good_as(mine, theirs, truth, ulps=8)
+
+
+def found_less_exact(rec):
+    """Whether attention was refused for its error: in float32, of few rows, that of SDPA's memory-efficient kernel is two
+    to four times eager mode's (H100, 32 rows, width 8 and 16: 9 to 18 units against 4 to 5.5), and twice is allowed."""
+    steps = [step for graph in rec.graphs for step in graph.steps]
+    return any("less exact than the original" in step.verdict.detail for step in steps)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -92,6 +96,9 @@ def test_steps(net, sites, mode, amp):
                 scaler.update()
                 step.zero_grad()
                 losses.append(loss.item())
+    if amp is None and "attention" not in rec.counts():
+        assert found_less_exact(rec)
+        sites = {name: count for name, count in sites.items() if name != "attention"}
     assert rec.counts() == sites
     tolerance = 1e-4 if amp is None else 2e-2
     torch.testing.assert_close(torch.tensor(losses[6:]), torch.tensor(losses[:6]), rtol=tolerance, atol=tolerance)
