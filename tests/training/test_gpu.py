@@ -69,8 +69,9 @@ def test_attention_with_rows_masked_throughout(assert_as_good_as, kind, kv_heads
 
 
 def found_less_exact(rec):
-    """Whether attention was refused for its error: in float32, of few rows, that of SDPA's memory-efficient kernel is two
-    to four times eager mode's (H100, 32 rows, width 8 and 16: 9 to 18 units against 4 to 5.5), and twice is allowed."""
+    """Whether attention was refused for its error. In float32, with few rows, SDPA's memory-efficient kernel errs two to
+    four times as much as eager mode (H100, 32 rows, width 8 and 16: 9 to 18 units, not 4 to 5.5); twice is allowed.
+    """
     steps = [step for graph in rec.graphs for step in graph.steps]
     return any("less exact than the original" in step.verdict.detail for step in steps)
 
