@@ -69,7 +69,7 @@ def test_attention_with_rows_masked_throughout(assert_as_good_as, kind, kv_heads
 
 
 def found_less_exact(rec):
-    """Whether attention was refused for its error. In float32, with few rows, SDPA's memory-efficient kernel errs two to
+    """Whether attention was refused for its error. Few rows of float32: the memory-efficient kernel of SDPA errs two to
     four times as much as eager mode (H100, 32 rows, width 8 and 16: 9 to 18 units, not 4 to 5.5); twice is allowed.
     """
     steps = [step for graph in rec.graphs for step in graph.steps]
